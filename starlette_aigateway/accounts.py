@@ -1,0 +1,196 @@
+"""What the ledger speaks: scopes, holds, settlements, records, budgets, reports. Amounts are nano-USD unless a name says `usd`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Any, Literal
+
+from msgspec import Struct
+
+from .types import Caps, Price, Usage
+
+GATEWAY_SCOPE = "gateway"
+
+Window = Literal["day", "month", "total"]
+Outcome = Literal["completed", "estimated", "ambiguous", "overrun", "expired", "cached", "released", "adjusted"]
+"""How an attempt was booked (design, section 4):
+
+- `completed`: usage was reported and fits the hold; `overrun`: it was reported and is above the hold, booked in full;
+- `estimated`: no usage was reported, or the client left and the drain reached its bounds;
+- `ambiguous`: sent, and nothing is known: the full hold; `expired`: the process died, the lease ran out: the full hold;
+- `cached`: a cache hit or a joined flight, cost 0; `released`: never sent, or an error came back unbilled, cost 0;
+- `adjusted`: the difference that a late settlement of an expired hold makes, negative as a rule.
+"""
+
+
+def principal_scope(principal_id: str) -> str:
+    return f"principal:{principal_id}"
+
+
+def tenant_scope(tenant_id: str) -> str:
+    return f"tenant:{tenant_id}"
+
+
+class ScopeClaim(Struct, frozen=True):
+    """One scope that a hold counts in. `caps` of None: the caps stored with `Ledger.set_caps` hold. `max_parallel` counts open holds."""
+
+    scope: str
+    caps: Caps | None = None
+    max_parallel: int | None = None
+
+
+class HoldRequest(Struct, frozen=True, kw_only=True):
+    """One attempt that asks for money.
+
+    The hold is granted between `minimum` and `wanted`, as far as the tightest cap of all `scopes` affords, and only if `admission`
+    (the least that the dearest planned target needs, at least `minimum`) fits as well. `id` is minted by the gateway for this
+    attempt and becomes the usage record's. `price` is the snapshot that the settlement uses. `expires_at` is the end of the lease
+    (Unix seconds). `replaces` names an open hold of the same call that is released in the same transaction, before the check.
+    """
+
+    id: str
+    request_id: str
+    attempt: int
+    scopes: tuple[ScopeClaim, ...]
+    principal: str
+    tenant: str | None
+    key_id: str | None
+    provider: str
+    model: str
+    price: Price | None
+    minimum: int
+    wanted: int
+    admission: int
+    expires_at: float
+    prompt: str | None = None
+    tags: Mapping[str, str] = {}
+    replaces: str | None = None
+
+
+class Hold(Struct, frozen=True, kw_only=True):
+    """Granted money. `made_at` is Unix seconds; the settlement is booked into the periods of that moment."""
+
+    id: str
+    amount: int
+    made_at: float
+    expires_at: float
+
+
+class Settlement(Struct, frozen=True, kw_only=True):
+    """How an attempt ended. `amount` is booked in full, also above the hold."""
+
+    outcome: Outcome
+    amount: int
+    usage: Usage | None = None
+    response_model: str | None = None
+    latency_ms: int | None = None
+
+
+class UsageRecord(Struct, frozen=True, kw_only=True):
+    """One attempt in the books. `cost` is nano-USD; `price` of None is a model without a price."""
+
+    id: str
+    request_id: str
+    attempt: int
+    created_at: float
+    principal: str
+    tenant: str | None
+    key_id: str | None
+    provider: str
+    model: str
+    response_model: str | None
+    usage: Usage
+    cost: int
+    price: Price | None
+    outcome: Outcome
+    latency_ms: int | None
+    prompt: str | None = None
+    tags: Mapping[str, str] = {}
+
+    @property
+    def cached(self) -> bool:
+        return self.outcome == "cached"
+
+
+class Budget(Struct, frozen=True, kw_only=True):
+    """One scope in one window; nano-USD. `period` is `2026-01-31`, `2026-01` or empty for a lifetime; `cap` of None is no cap."""
+
+    scope: str
+    window: Window
+    period: str
+    cap: int | None
+    spent: int
+    held: int
+
+    @property
+    def remaining(self) -> int | None:
+        return None if self.cap is None else max(0, self.cap - self.spent - self.held)
+
+
+class UsageQuery(Struct, frozen=True, kw_only=True):
+    """Filters are exact and combined by `and`; the range is half-open, Unix seconds. `group_by` takes `day`, `month`, `model`, `provider`,
+    `principal`, `tenant`, `key`, `outcome`. `cursor` is the `next_cursor` of an earlier page; records come newest first."""
+
+    principal: str | None = None
+    tenant: str | None = None
+    key_id: str | None = None
+    model: str | None = None
+    since: float | None = None
+    until: float | None = None
+    group_by: tuple[str, ...] = ()
+    limit: int = 100
+    cursor: str | None = None
+
+
+GROUPINGS = ("day", "month", "model", "provider", "principal", "tenant", "key", "outcome")
+
+
+class UsageTotals(Struct, frozen=True, kw_only=True):
+    """`calls` counts answered or billed attempts: neither `released` nor `adjusted` records. Cost in nano-USD."""
+
+    calls: int = 0
+    cached_calls: int = 0
+    input_tokens: int = 0
+    output_tokens: int = 0
+    cost: int = 0
+
+
+class UsageGroup(Struct, frozen=True, kw_only=True):
+    by: Mapping[str, str | None]
+    totals: UsageTotals
+
+
+class UsageReport(Struct, frozen=True, kw_only=True):
+    """Totals and groups are over everything that the filters match; `data` is one page of records."""
+
+    totals: UsageTotals
+    groups: Sequence[UsageGroup]
+    data: Sequence[UsageRecord]
+    next_cursor: str | None
+
+    @property
+    def has_more(self) -> bool:
+        return self.next_cursor is not None
+
+
+class Finding(Struct, frozen=True):
+    """What `check_ledger` found wrong: the invariant (`I1` to `I5`), where, and the figures."""
+
+    invariant: str
+    subject: str
+    message: str
+
+
+class StoredPrompt(Struct, frozen=True, kw_only=True):
+    """One immutable version of a prompt. `messages` hold templates; `settings` are optional model settings (`model`, `temperature`,
+    `max_tokens`, …); `labels` are those that point at this version now. A prompt of a tenant does not exist for others."""
+
+    name: str
+    version: int
+    messages: Sequence[Mapping[str, Any]]
+    settings: Mapping[str, Any] = {}
+    labels: Sequence[str] = ()
+    tenant: str | None = None
+    created_at: datetime
+    text: bool = False

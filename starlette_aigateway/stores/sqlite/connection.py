@@ -1,0 +1,128 @@
+"""Opening a SQLite file of the gateway: where it may lie, how it is opened, which schema it has."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import stat
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Literal
+
+from ...errors import ConfigurationError, StorageUnavailable
+
+Durability = Literal["FULL", "NORMAL", "OFF"]
+"""`PRAGMA synchronous`. In WAL mode only `FULL` syncs each commit to the disk (https://sqlite.org/pragma.html#pragma_synchronous)."""
+
+NETWORK_FILE_SYSTEMS = frozenset(
+    {"nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "afs", "ceph", "fuse.sshfs", "fuse.s3fs", "fuse.glusterfs", "lustre", "gfs2", "ocfs2"}
+)
+
+
+def connect(path: Path, *, durability: Durability, schema: Sequence[str], busy_timeout: float = 5.0) -> sqlite3.Connection:
+    """A connection in autocommit mode to the WAL-mode database at `path`, its schema brought up to date.
+
+    `schema` is the list of migration scripts; `PRAGMA user_version` counts those that were applied. Raises `StorageUnavailable` when
+    the file cannot be opened and `ConfigurationError` when it was written by a newer version.
+    """
+    try:
+        connection = sqlite3.connect(path, timeout=busy_timeout, isolation_level=None, check_same_thread=False, cached_statements=256)
+    except sqlite3.Error as error:
+        raise StorageUnavailable(f"the database {path.name} cannot be opened: {error}") from error
+    try:
+        connection.execute("PRAGMA journal_mode=WAL")
+        connection.execute(f"PRAGMA synchronous={durability}")
+        connection.execute("PRAGMA foreign_keys=ON")
+        connection.execute("PRAGMA temp_store=MEMORY")
+        connection.execute("PRAGMA trusted_schema=OFF")
+        migrate(connection, schema, path.name)
+    except sqlite3.Error as error:
+        connection.close()
+        raise StorageUnavailable(f"the database {path.name} cannot be opened: {error}") from error
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def migrate(connection: sqlite3.Connection, schema: Sequence[str], name: str) -> None:
+    """Applies what is missing, all or nothing; safe when several workers start at once."""
+    if _version(connection) == len(schema):
+        return
+    connection.execute("BEGIN IMMEDIATE")
+    try:
+        applied = _version(connection)
+        if applied > len(schema):
+            raise ConfigurationError(
+                f"{name} has schema version {applied}, this release knows {len(schema)}: a newer release wrote it; upgrade the package"
+            )
+        for script in schema[applied:]:
+            for statement in script.split(";\n"):
+                if statement.strip():
+                    connection.execute(statement)
+        connection.execute(f"PRAGMA user_version={len(schema)}")
+        connection.execute("COMMIT")
+    except BaseException:
+        if connection.in_transaction:
+            connection.execute("ROLLBACK")
+        raise
+
+
+def _version(connection: sqlite3.Connection) -> int:
+    return int(connection.execute("PRAGMA user_version").fetchone()[0])
+
+
+def prepare_directory(path: Path) -> None:
+    """Creates the data directory for this user only (0700). Raises `ConfigurationError`, naming `data_dir`, where that cannot be: not a
+    directory, not writable, another user's, or on a network file system (locks and WAL do not hold there, https://sqlite.org/wal.html)."""
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        facts = path.stat()
+    except OSError as error:
+        raise ConfigurationError(f"data_dir {path} cannot be created: {error.strerror}", param="data_dir") from error
+    if not stat.S_ISDIR(facts.st_mode) or not os.access(path, os.R_OK | os.W_OK | os.X_OK):
+        raise ConfigurationError(f"data_dir {path} is not a directory that this process can write to", param="data_dir")
+    if facts.st_uid != os.geteuid():
+        raise ConfigurationError(f"data_dir {path} belongs to another user; give the gateway a directory of its own", param="data_dir")
+    kind = file_system(path)
+    if kind in NETWORK_FILE_SYSTEMS:
+        raise ConfigurationError(
+            f"data_dir {path} lies on a network file system ({kind}), where SQLite's locks do not hold; use a local directory",
+            param="data_dir",
+        )
+
+
+def file_system(path: Path) -> str | None:
+    """The type of the file system below `path`, as Linux names it; None where that cannot be told."""
+    try:
+        mounts = Path("/proc/self/mounts").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return None
+    resolved = path.resolve()
+    best: tuple[int, str] | None = None
+    for line in mounts:
+        fields = line.split(" ")
+        point = Path(fields[1].replace("\\040", " "))
+        if resolved.is_relative_to(point) and (best is None or len(point.parts) >= best[0]):
+            best = (len(point.parts), fields[2])
+    return best[1] if best else None
+
+
+class PerProcess:
+    """A connection that is opened at its first use and again in a forked child: SQLite's must not be carried over a fork."""
+
+    def __init__(self, connect: Callable[[], sqlite3.Connection]) -> None:
+        self._connect = connect
+        self._pid = 0
+        self._connection: sqlite3.Connection | None = None
+
+    def get(self) -> sqlite3.Connection:
+        if self._connection is None or self._pid != os.getpid():
+            self._connection = self._connect()
+            self._pid = os.getpid()
+        return self._connection
+
+    def close(self) -> None:
+        if self._connection is not None and self._pid == os.getpid():
+            self._connection.close()
+        self._connection = None
