@@ -27,12 +27,12 @@ AIGatewayError
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 if TYPE_CHECKING:
-    from .types import Usage
+    from .types import Usage, WindowState
 
 
 class AIGatewayError(Exception):
@@ -104,16 +104,27 @@ class Conflict(RequestError):
 
 class RateLimitExceeded(RequestError):
     """A sliding window is full. `scope` is whose (`principal`, `tenant`, `gateway`), `window` which (`requests`, `tokens`),
-    `limit` its size; `retry_after` the seconds after which the same call would be let in."""
+    `limit` its size; `retry_after` the seconds after which the same call would be let in; `states` are all windows that were asked."""
 
     default_code = "rate_limit_exceeded"
 
-    def __init__(self, message: str, *, retry_after: float | None, scope: str, window: str, limit: int, code: str | None = None) -> None:
+    def __init__(
+        self,
+        message: str,
+        *,
+        retry_after: float | None,
+        scope: str,
+        window: str,
+        limit: int,
+        code: str | None = None,
+        states: Sequence[WindowState] = (),
+    ) -> None:
         details = {"scope": scope, "window": window, "limit": limit}
         super().__init__(message, code=code, retry_after=retry_after, details=details)
         self.scope = scope
         self.window = window
         self.limit = limit
+        self.states = states
 
 
 class TooManyParallelRequests(RateLimitExceeded):

@@ -397,6 +397,41 @@ class CallOptions(Struct, frozen=True, kw_only=True):
     tags: Mapping[str, str] = {}
 
 
+WindowKind = Literal["requests", "tokens"]
+
+
+class WindowClaim(Struct, frozen=True):
+    """What one call asks of one sliding window: `amount` requests or tokens, where at most `limit` may pass in `seconds`.
+
+    `scope` is whose window it is: `principal:…`, `tenant:…`, `gateway`, `login:1.2.3.4`; never a raw key. The window is named without
+    its limit, so a changed limit keeps what was used already.
+    """
+
+    scope: str
+    kind: WindowKind
+    limit: int
+    amount: int = 1
+    seconds: int = 60
+
+    @property
+    def key(self) -> str:
+        return f"aigateway/{self.scope}/{self.kind}/{self.seconds}"
+
+    @property
+    def scope_kind(self) -> str:
+        """`principal`, `tenant`, `gateway`: the scope without the id."""
+        return self.scope.partition(":")[0]
+
+
+class WindowState(Struct, frozen=True):
+    """A window after a claim: what `remaining` requests or tokens would be let in now, and the seconds after which it is as good as
+    unused (`x-ratelimit-reset-requests` in OpenAI's sense)."""
+
+    claim: WindowClaim
+    remaining: int
+    reset_after: float
+
+
 def utc(timestamp: float) -> datetime:
     """Unix seconds as an aware datetime."""
     return datetime.fromtimestamp(timestamp, UTC)
