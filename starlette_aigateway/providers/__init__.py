@@ -1,0 +1,5 @@
+"""The providers that come with the gateway."""
+
+from .echo import EchoProvider
+
+__all__ = ["EchoProvider"]

@@ -1,0 +1,48 @@
+"""The Chat Completions wire (https://platform.openai.com/docs/api-reference/chat), for both ends: what the rest of the library imports."""
+
+from __future__ import annotations
+
+from .openai_chat_answer import WIRE, decode_completion, encode_completion, error_facts
+from .openai_chat_cost import MAX_IMAGE_TOKENS, PARAMETERS, Cost, inline_images, unbounded_parameter
+from .openai_chat_request import ChatCall, decode_request, encode_request
+from .openai_chat_rules import validate
+from .openai_chat_stream import (
+    DONE,
+    EventReader,
+    assemble,
+    chunks,
+    decode_events,
+    encode_chunk,
+    encode_items,
+    has_content,
+    output_bytes,
+    replay,
+    usage_only,
+)
+
+__all__ = [
+    "DONE",
+    "MAX_IMAGE_TOKENS",
+    "PARAMETERS",
+    "WIRE",
+    "ChatCall",
+    "Cost",
+    "EventReader",
+    "assemble",
+    "chunks",
+    "decode_completion",
+    "decode_events",
+    "decode_request",
+    "encode_chunk",
+    "encode_completion",
+    "encode_items",
+    "encode_request",
+    "error_facts",
+    "has_content",
+    "inline_images",
+    "output_bytes",
+    "replay",
+    "unbounded_parameter",
+    "usage_only",
+    "validate",
+]

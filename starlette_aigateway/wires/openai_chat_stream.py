@@ -1,0 +1,323 @@
+"""Streams of the Chat Completions wire. Most events carry nothing that the gateway needs and pass as the bytes that they came as.
+
+https://platform.openai.com/docs/api-reference/chat-streaming
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import groupby
+from typing import Any, cast
+
+import msgspec
+from msgspec import Raw, Struct
+
+from ..errors import ProviderError
+from ..types import Chunk, Completion, Message, Native, RawEvents, StreamItem, Usage
+from . import sse
+from .openai_chat_answer import WIRE, choices, decode_usage, error_facts, is_null, usage_object
+
+DONE = b"data: [DONE]\n\n"
+_NOTHING = Raw(b"")
+_FOLLOWER = Native(WIRE, b"")
+_encoder = msgspec.json.Encoder()
+
+
+class WireDelta(Struct):
+    index: int = 0
+    delta: dict[str, Any] | None = None
+    finish_reason: str | None = None
+
+
+class WireChunk(Struct):
+    choices: list[WireDelta] | None = None
+    usage: Raw = _NOTHING
+    error: Raw = _NOTHING
+    object: str | None = None
+    model: str | None = None
+    id: str | None = None
+
+
+_chunk_decoder = msgspec.json.Decoder(WireChunk)
+
+
+class EventReader:
+    """Reads the bytes of one upstream's stream.
+
+    `feed` gives, lazily, `RawEvents` for runs of events that carry neither usage, a finish reason nor an error, and a `Chunk` for every
+    other event. Joined up, its results do not depend on where the bytes were split. An error event, garbage and an event without end
+    raise `ProviderError(billed="unknown")`, after what came before them. `saw_done` and `saw_finish`, true once the iterator is
+    exhausted, tell a complete stream from one that was cut short.
+    """
+
+    __slots__ = ("_blocks", "saw_done", "saw_finish")
+
+    def __init__(self, *, max_event_bytes: int = sse.MAX_EVENT_BYTES) -> None:
+        self._blocks = sse.BlockReader(max_event_bytes=max_event_bytes)
+        self.saw_done = False
+        self.saw_finish = False
+
+    def feed(self, data: bytes) -> Iterator[StreamItem]:
+        if self.saw_done:
+            return
+        try:
+            blocks = self._blocks.feed(data)
+        except sse.SSEError:
+            raise ProviderError("the provider sent an event that is too long") from None
+        yield from self._items(blocks)
+
+    def close(self) -> Iterator[StreamItem]:
+        """At the end of the bytes: the event that lacks its blank line. A cut one says nothing and is dropped."""
+        event = None if self.saw_done else sse.decode_block(self._blocks.close())
+        if event is not None and (_is_done(event) or _is_json(event.data)):
+            yield from self._items(event.raw)
+
+    def _items(self, blocks: bytes) -> Iterator[StreamItem]:
+        count = _count_plain(blocks)
+        if count:
+            yield RawEvents(WIRE, blocks, count)
+        elif blocks:
+            yield from self._mixed_items(sse.decode_events(blocks))
+
+    def _mixed_items(self, events: Iterable[sse.SSEEvent]) -> Iterator[StreamItem]:
+        for plain, run in groupby(events, lambda event: _count_plain(event.raw) > 0):
+            if plain:
+                raws = [event.raw for event in run]
+                yield RawEvents(WIRE, b"".join(raws), len(raws))
+                continue
+            for event in run:
+                if _is_done(event):
+                    self.saw_done = True
+                    return
+                yield from self._chunks(event)
+
+    def _chunks(self, event: sse.SSEEvent) -> Iterator[Chunk]:
+        for chunk in _decode_event(event):
+            if chunk.finish_reason is not None:
+                self.saw_finish = True
+            yield chunk
+
+
+def _count_plain(blocks: bytes) -> int:
+    """How many events `blocks` holds, if every one is a single `data` line that carries nothing which the gateway needs; else 0.
+
+    Looks at bytes only. It may call an event not plain that is (a token that reads "usage"), never the other way round: a key of a
+    JSON object stands in the bytes as it is, or with a letter written as `\\u006x` or `\\u007x`, and then nothing here is plain.
+    """
+    count = blocks.count(b"\n\n")
+    plain = (
+        blocks.count(b"\n") == 2 * count
+        and blocks.startswith(b"data:")
+        and blocks.count(b"\n\ndata:") == count - 1
+        and b"[DONE]" not in blocks
+        and b"\\u006" not in blocks
+        and b"\\u007" not in blocks
+        and _only_nulls(blocks, b'"finish_reason"')
+        and _only_nulls(blocks, b'"usage"')
+        and _only_nulls(blocks, b'"error"')
+    )
+    return count if plain else 0
+
+
+def _only_nulls(blocks: bytes, key: bytes) -> bool:
+    found = blocks.count(key)
+    return not found or found == blocks.count(key + b":null") + blocks.count(key + b": null")
+
+
+def _is_done(event: sse.SSEEvent) -> bool:
+    return event.data.strip() == b"[DONE]"
+
+
+def _is_json(data: bytes) -> bool:
+    try:
+        msgspec.json.decode(data, type=Raw)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return False
+    return True
+
+
+def _decode_event(event: sse.SSEEvent) -> Iterator[Chunk]:
+    if not event.data.strip():
+        return
+    try:
+        wire = _chunk_decoder.decode(event.data)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        raise ProviderError("the provider sent an event that is not a chat completion chunk") from None
+    if event.event == "error" or wire.object == "error" or not is_null(wire.error):
+        raise ProviderError("the provider reported an error on its stream", details=dict(error_facts(event.data)) or None)
+    usage = decode_usage(wire.usage)
+    native = Native(WIRE, event.raw)
+    for choice in wire.choices or (WireDelta(),):
+        yield Chunk(
+            delta=choice.delta or {},
+            index=choice.index,
+            finish_reason=choice.finish_reason or None,
+            usage=usage,
+            model=wire.model,
+            id=wire.id,
+            native=native,
+        )
+        usage, native = None, _FOLLOWER
+
+
+def decode_events(raw: RawEvents) -> Iterator[Chunk]:
+    """The chunks of `raw`. An event with several choices gives one chunk for each: the first carries the whole event as `native`, the
+    others an empty one. Raises `ProviderError` for what is not a chunk."""
+    for event in sse.decode_events(raw.data):
+        if not _is_done(event):
+            yield from _decode_event(event)
+
+
+def chunks(items: Iterable[StreamItem]) -> Iterator[Chunk]:
+    """All chunks of a stream, those in raw events included. Raises `ProviderError` as `decode_events` does."""
+    for item in items:
+        if isinstance(item, RawEvents):
+            yield from decode_events(item)
+        else:
+            yield item
+
+
+def has_content(item: StreamItem) -> bool:
+    """Whether the caller gets something by `item`: text, a refusal, a tool call, or the end of the answer. A role alone is nothing yet,
+    and until then another provider may still answer. Raises `ProviderError` as `decode_events` does."""
+    return any(
+        chunk.finish_reason is not None or chunk.usage is not None or any(value for name, value in chunk.delta.items() if name != "role")
+        for chunk in chunks((item,))
+    )
+
+
+def usage_only(chunk: Chunk) -> bool:
+    """Whether `chunk` is there for its usage alone; a caller that did not ask for `include_usage` must not get it."""
+    return chunk.usage is not None and not chunk.delta and chunk.finish_reason is None
+
+
+def encode_chunk(chunk: Chunk, *, id: str, model: str, created: int) -> bytes:  # noqa: A002  # the wire's name
+    """The event for a caller: the provider's own where it spoke this wire, else built. `created` is Unix seconds."""
+    if chunk.native is not None and chunk.native.wire == WIRE:
+        return chunk.native.body
+    deltas = [] if usage_only(chunk) else [_delta(chunk.delta, index=chunk.index, finish_reason=chunk.finish_reason)]
+    return _event(deltas, id=id, model=chunk.model or model, created=created, usage=chunk.usage)
+
+
+def encode_items(items: Iterable[StreamItem], *, id: str, model: str, created: int, include_usage: bool) -> Iterator[bytes]:  # noqa: A002  # the wire's name
+    """What a caller of this wire gets for `items`, without `DONE`: raw events of this wire as they came, those of another by their
+    chunks; usage chunks only if asked for."""
+    for item in items:
+        if isinstance(item, RawEvents):
+            yield item.data
+        elif include_usage or not usage_only(item):
+            encoded = encode_chunk(item, id=id, model=model, created=created)
+            if encoded:
+                yield encoded
+
+
+def replay(completion: Completion, *, id: str, model: str, created: int, include_usage: bool) -> list[bytes]:  # noqa: A002  # the wire's name
+    """A whole answer as the events of a stream, `DONE` included: for each choice its role, its content and its finish."""
+    model = completion.model or model
+    events: list[bytes] = []
+    for place, choice in enumerate(choices(completion)):
+        index = choice.get("index", place)
+        delta = _message_delta(choice["message"])
+        steps = (
+            _delta({"role": delta.pop("role", "assistant"), "content": ""}, index=index),
+            _delta(delta, index=index, logprobs=choice.get("logprobs")),
+            _delta({}, index=index, finish_reason=choice.get("finish_reason") or "stop"),
+        )
+        events += [_event([step], id=id, model=model, created=created) for step in steps]
+    if include_usage and completion.usage is not None:
+        events.append(_event([], id=id, model=model, created=created, usage=completion.usage))
+    return [*events, DONE]
+
+
+def _message_delta(message: Mapping[str, Any]) -> dict[str, Any]:
+    delta = {name: value for name, value in message.items() if value is not None}
+    if isinstance(calls := delta.get("tool_calls"), list):
+        delta["tool_calls"] = [{"index": index, **call} for index, call in enumerate(calls)]
+    return delta
+
+
+def _delta(delta: Mapping[str, Any], *, index: int, finish_reason: str | None = None, logprobs: Any = None) -> Mapping[str, Any]:
+    return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
+
+
+def _event(deltas: Sequence[Mapping[str, Any]], *, id: str, model: str, created: int, usage: Usage | None = None) -> bytes:  # noqa: A002  # the wire's name
+    body: dict[str, Any] = {"id": id, "object": "chat.completion.chunk", "created": created, "model": model, "choices": deltas}
+    if usage is not None:
+        body["usage"] = usage_object(usage)
+    return b"data: " + _encoder.encode(body) + b"\n\n"
+
+
+def assemble(items: Iterable[StreamItem]) -> Completion:
+    """The whole answer of a stream's choice 0: texts joined, tool calls put together by their index, the last usage and finish reason.
+
+    It keeps no `native`: several choices and log probabilities are lost. Raises `ProviderError` as `decode_events` does.
+    """
+    message: dict[str, Any] = {"role": "assistant", "content": None}
+    finish_reason: str | None = None
+    usage: Usage | None = None
+    model: str | None = None
+    identity: str | None = None
+    for chunk in chunks(items):
+        usage = chunk.usage or usage
+        model = model or chunk.model
+        identity = identity or chunk.id
+        if chunk.index == 0:
+            finish_reason = chunk.finish_reason or finish_reason
+            _merge(message, chunk.delta)
+    if isinstance(calls := message.get("tool_calls"), list):
+        message["tool_calls"] = [{name: value for name, value in call.items() if name != "index"} for call in calls]
+    return Completion(message=cast("Message", message), finish_reason=finish_reason, usage=usage, model=model, id=identity)
+
+
+_NOT_JOINED = frozenset({"role", "id", "type", "name", "index"})
+
+
+def _merge(target: dict[str, Any], delta: Mapping[str, Any]) -> None:
+    """Puts a delta on top of what came before: strings are joined, objects merged, lists of indexed objects merged by index."""
+    for name, value in delta.items():
+        if value is None:
+            continue
+        known = target.get(name)
+        if isinstance(value, str) and isinstance(known, str) and name not in _NOT_JOINED:
+            target[name] = known + value
+        elif isinstance(value, Mapping):
+            inner = target[name] = known if isinstance(known, dict) else {}
+            _merge(inner, value)
+        elif isinstance(value, list | tuple):
+            members = target[name] = known if isinstance(known, list) else []
+            _merge_list(members, value)
+        elif not (name in _NOT_JOINED and known and not value):
+            target[name] = value
+
+
+def _merge_list(members: list[Any], delta: Sequence[Any]) -> None:
+    for value in delta:
+        index = value.get("index") if isinstance(value, Mapping) else None
+        same = next((member for member in members if isinstance(member, dict) and member.get("index") == index), None)
+        if index is None or same is None:
+            same = {} if isinstance(value, Mapping) else None
+            members.append(value if same is None else same)
+        if same is not None:
+            _merge(same, value)
+
+
+def output_bytes(items: Iterable[StreamItem]) -> int:
+    """UTF-8 bytes of all text that the deltas brought, over all choices, arguments of tool calls included: what an estimate of output
+    tokens builds on. What cannot be decoded counts in full."""
+    total = 0
+    for item in items:
+        try:
+            total += sum(_text_bytes(value) for chunk in chunks((item,)) for name, value in chunk.delta.items() if name != "role")
+        except ProviderError:
+            total += len(item.data) if isinstance(item, RawEvents) else 0
+    return total
+
+
+def _text_bytes(value: Any) -> int:
+    if isinstance(value, str):
+        return len(value.encode("utf-8", "replace"))
+    if isinstance(value, Mapping):
+        return sum(_text_bytes(member) for name, member in value.items() if name not in {"id", "type"})
+    if isinstance(value, list | tuple):
+        return sum(_text_bytes(member) for member in value)
+    return 0
