@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sqlite3
 import stat
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
@@ -25,6 +26,7 @@ def connect(path: Path, *, durability: Durability, schema: Sequence[str], busy_t
     `schema` is the list of migration scripts; `PRAGMA user_version` counts those that were applied. Raises `StorageUnavailable` when
     the file cannot be opened and `ConfigurationError` when it was written by a newer version.
     """
+    create_private(path)
     try:
         connection = sqlite3.connect(path, timeout=busy_timeout, isolation_level=None, check_same_thread=False, cached_statements=256)
     except sqlite3.Error as error:
@@ -43,6 +45,27 @@ def connect(path: Path, *, durability: Durability, schema: Sequence[str], busy_t
         connection.close()
         raise
     return connection
+
+
+def create_private(path: Path) -> None:
+    """An empty file at `path` with the mode 0600, if there is none; SQLite gives its `-wal` and `-shm` files the same mode.
+
+    The file is made under another name and linked into place, so that no descriptor of the database itself is ever opened and closed
+    here: closing one drops all POSIX locks of this process on the file (https://sqlite.org/howtocorrupt.html, section 2.2).
+    """
+    if path.exists():
+        return
+    try:
+        descriptor, draft = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        os.close(descriptor)
+        try:
+            os.link(draft, path)
+        except FileExistsError:
+            pass
+        finally:
+            Path(draft).unlink()
+    except OSError as error:
+        raise StorageUnavailable(f"the database {path.name} cannot be created: {error.strerror}") from error
 
 
 def migrate(connection: sqlite3.Connection, schema: Sequence[str], name: str) -> None:
@@ -115,14 +138,24 @@ class PerProcess:
         self._connect = connect
         self._pid = 0
         self._connection: sqlite3.Connection | None = None
+        self._inherited: list[sqlite3.Connection] = []
 
     def get(self) -> sqlite3.Connection:
         if self._connection is None or self._pid != os.getpid():
+            self._keep_parents()
             self._connection = self._connect()
             self._pid = os.getpid()
         return self._connection
 
     def close(self) -> None:
-        if self._connection is not None and self._pid == os.getpid():
+        self._keep_parents()
+        if self._connection is not None:
             self._connection.close()
         self._connection = None
+
+    def _keep_parents(self) -> None:
+        """A forked child must not even close its parent's connection (https://sqlite.org/howtocorrupt.html, section 2.6), which is what
+        losing the last reference to it would do."""
+        if self._connection is not None and self._pid != os.getpid():
+            self._inherited.append(self._connection)
+            self._connection = None
