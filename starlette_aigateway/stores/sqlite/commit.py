@@ -4,8 +4,8 @@ Operations are values. The thread takes all that wait, and hands them to one `ap
 every waiter learns its own result only after the commit. So a batch costs one sync to the disk and few statements, and since each
 SQLite statement gives up the interpreter lock, few statements also means few waits for the event loop's thread.
 
-Between processes a lock file stands before the database: a `flock` queues its waiters, where SQLite's own busy handler sleeps and
-starves them (seconds at four processes).
+Between processes a lock file stands before the database: SQLite's own busy handler sleeps ever longer and starves its waiters
+(seconds at four processes). What waits joins the batch until the moment the lock is ours.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ import os
 import sqlite3
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
+from copy import copy
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Generic, TypeVar
 
 import anyio
@@ -31,7 +32,7 @@ Result = TypeVar("Result")
 
 Apply = Callable[[sqlite3.Connection, Sequence[Op]], Sequence[Result | AIGatewayError]]
 """Carries out a batch inside an open transaction: one result or one domain error for each operation, in order. It must not raise
-for a single operation; what it raises rolls back the whole batch."""
+for a single operation; what it raises rolls back the whole batch. It may be called again for an operation that was rolled back."""
 
 MAX_BATCH = 256
 log = logging.getLogger("starlette_aigateway")
@@ -70,15 +71,9 @@ class GroupCommit(Generic[Op, Result]):
         self._name = name
         self._lock_file = lock_file
         self._timeout = timeout
-        self._reset()
-
-    def _reset(self) -> None:
         self._pid = os.getpid()
-        self._thread: threading.Thread | None = None
-        self._queue: deque[Waiter[Op, Result]] = deque()
-        self._wake = threading.Semaphore(0)
         self._guard = threading.Lock()
-        self._closing = False
+        self._writer: _Writer[Op, Result] | None = None
 
     async def run(self, op: Op) -> Result:
         waiter = Waiter[Op, Result](op)
@@ -94,112 +89,196 @@ class GroupCommit(Generic[Op, Result]):
         if self._pid != os.getpid():
             return
         with self._guard:
-            thread, self._thread, self._closing = self._thread, None, True
-        if thread is not None:
-            self._wake.release()
-            thread.join()
-        self._closing = False
+            writer, self._writer = self._writer, None
+            if writer is not None:
+                writer.stop()
+        if writer is not None:
+            writer.join()
 
     def _submit(self, waiter: Waiter[Op, Result]) -> None:
         if self._pid != os.getpid():
-            self._reset()
+            self._forget_parent()
         with self._guard:
-            self._queue.append(waiter)
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._work, name=f"aigateway-{self._name}", daemon=True)
-                self._thread.start()
-        self._wake.release()
+            if self._writer is None:
+                lock = LockFile(self._lock_file, self._name, self._timeout)
+                self._writer = _Writer(self._connect, self._apply, self._name, lock)
+            self._writer.put(waiter)
+
+    def _forget_parent(self) -> None:
+        """In a forked child: the thread stayed behind, and the descriptor that came along must not keep the parent's lock alive."""
+        writer, self._writer = self._writer, None
+        self._guard = threading.Lock()
+        self._pid = os.getpid()
+        if writer is not None:
+            writer.lock.close()
+
+
+class _Writer(Generic[Op, Result]):
+    """The thread, its queue and its connection. None in the queue ends it."""
+
+    def __init__(self, connect: Callable[[], sqlite3.Connection], apply: Apply[Op, Result], name: str, lock: LockFile) -> None:
+        self.lock = lock
+        self._connect = connect
+        self._apply = apply
+        self._name = name
+        self._queue: SimpleQueue[Waiter[Op, Result] | None] = SimpleQueue()
+        self._connection: sqlite3.Connection | None = None
+        self._stopped = False
+        self._thread = threading.Thread(target=self._work, name=f"aigateway-{name}", daemon=True)
+        self._thread.start()
+
+    def put(self, waiter: Waiter[Op, Result]) -> None:
+        self._queue.put(waiter)
+
+    def stop(self) -> None:
+        self._queue.put(None)
+
+    def join(self) -> None:
+        self._thread.join()
 
     def _work(self) -> None:
-        connection: sqlite3.Connection | None = None
-        lock: int | None = None
         try:
-            while True:
-                self._wake.acquire()
-                batch = self._take()
-                if batch:
-                    try:
-                        if connection is None:
-                            connection = self._connect()
-                            lock = self._open_lock()
-                        outcomes: Sequence[Result | BaseException] = self._commit(connection, lock, batch)
-                    except Exception as error:  # noqa: BLE001  # the thread must outlive any fault; every waiter is told
-                        if connection is not None:
-                            connection.close()
-                            connection = None
-                        outcomes = [self._unavailable(error)] * len(batch)
-                    self._deliver(batch, outcomes)
-                elif self._closing:
+            while (first := self._queue.get()) is not None:
+                batch = [first]
+                try:
+                    outcomes = self._turn(batch)
+                except Exception as error:  # noqa: BLE001  # the thread must outlive any fault; every waiter is told
+                    self._take(batch)
+                    self._disconnect()
+                    log.error("the %s store failed: %s: %s", self._name, type(error).__name__, error)
+                    outcomes = [self._unavailable(error) for _ in batch]
+                _deliver(batch, outcomes)
+                if self._stopped:
                     return
         finally:
-            if connection is not None:
-                connection.close()
-            if lock is not None:
-                os.close(lock)
+            self._disconnect()
+            self.lock.close()
 
-    def _take(self) -> list[Waiter[Op, Result]]:
-        batch: list[Waiter[Op, Result]] = []
-        while self._queue and len(batch) < MAX_BATCH:
-            batch.append(self._queue.popleft())
-            if len(batch) > 1:
-                self._wake.acquire(blocking=False)
-        return batch
+    def _turn(self, batch: list[Waiter[Op, Result]]) -> Sequence[Result | BaseException]:
+        """Commits `batch` and all that came while the lock was awaited, which it appends."""
+        if self._connection is None:
+            self._connection = self._connect()
+        with self.lock:
+            self._take(batch)
+            return self._commit_or_isolate(self._connection, [waiter.op for waiter in batch])
 
-    def _commit(
-        self, connection: sqlite3.Connection, lock: int | None, batch: Sequence[Waiter[Op, Result]]
-    ) -> Sequence[Result | AIGatewayError]:
-        self._lock(lock)
+    def _take(self, batch: list[Waiter[Op, Result]]) -> None:
+        for _ in range(min(self._queue.qsize(), MAX_BATCH - len(batch))):
+            waiter = self._queue.get()
+            if waiter is None:
+                self._stopped = True
+                return
+            batch.append(waiter)
+
+    def _commit_or_isolate(self, connection: sqlite3.Connection, ops: Sequence[Op]) -> Sequence[Result | BaseException]:
+        """One transaction; where it fails for another reason than the storage, one for each operation, so that a single bad one
+        does not take the others with it."""
         try:
-            connection.execute("BEGIN IMMEDIATE")
-            try:
-                outcomes = self._apply(connection, [waiter.op for waiter in batch])
-                connection.execute("COMMIT")
-            except BaseException:
-                if connection.in_transaction:
-                    connection.execute("ROLLBACK")
+            return self._commit(connection, ops)
+        except (sqlite3.OperationalError, StorageUnavailable):
+            raise
+        except Exception as error:
+            if len(ops) == 1 or type(error) is sqlite3.DatabaseError:  # the latter: the file is damaged
                 raise
-        finally:
-            if lock is not None:
-                fcntl.flock(lock, fcntl.LOCK_UN)
+            outcomes: list[Result | BaseException] = []
+            for op in ops:
+                try:
+                    outcomes.extend(self._commit(connection, [op]))
+                except Exception as own:  # noqa: BLE001  # whatever one operation does, the others are carried out
+                    log.error("an operation on the %s store failed: %s", self._name, type(own).__name__)
+                    outcomes.append(self._unavailable(own))
+            return outcomes
+
+    def _commit(self, connection: sqlite3.Connection, ops: Sequence[Op]) -> Sequence[Result | AIGatewayError]:
+        connection.execute("BEGIN IMMEDIATE")
+        try:
+            outcomes = self._apply(connection, ops)
+            if len(outcomes) != len(ops):
+                raise RuntimeError(f"{len(ops)} operations gave {len(outcomes)} results")
+            connection.execute("COMMIT")
+        except BaseException:
+            if connection.in_transaction:
+                connection.execute("ROLLBACK")
+            raise
         return outcomes
 
-    def _open_lock(self) -> int | None:
-        if self._lock_file is None:
-            return None
-        return os.open(self._lock_file, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    def _disconnect(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
 
-    def _lock(self, lock: int | None) -> None:
-        if lock is None:
-            return
-        deadline = time.monotonic() + self._timeout
-        pause = 0.0001
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                if time.monotonic() >= deadline:
-                    raise StorageUnavailable(f"the {self._name} store is locked by another process", retry_after=1.0) from None
-                time.sleep(pause)
-                pause = min(pause * 1.5, 0.002)
-            else:
-                return
-
-    def _unavailable(self, error: Exception) -> StorageUnavailable:
-        if isinstance(error, StorageUnavailable):
-            return error
-        log.error("the %s store failed: %s: %s", self._name, type(error).__name__, error)
+    def _unavailable(self, error: Exception) -> AIGatewayError:
+        """An error for one waiter alone: the gateway writes the request's id into it."""
+        if isinstance(error, AIGatewayError):
+            return copy(error)
         unavailable = StorageUnavailable(f"the {self._name} store is unavailable", retry_after=1.0)
         unavailable.__cause__ = error
         return unavailable
 
-    def _deliver(self, batch: Sequence[Waiter[Op, Result]], outcomes: Sequence[Result | BaseException]) -> None:
-        """Wakes the waiters, with one call into each event loop."""
-        loops: dict[EventLoopToken, list[Waiter[Op, Result]]] = {}
-        for waiter, outcome in zip(batch, outcomes, strict=True):
-            waiter.outcome = outcome
-            loops.setdefault(waiter.token, []).append(waiter)
-        for token, waiters in loops.items():
-            _call_soon(token, waiters)
+
+class LockFile:
+    """The lock between processes, a `flock` on a file that is never deleted: it dies with its process. `path` of None is no lock.
+
+    Entering raises `StorageUnavailable` after `timeout` seconds. Whoever had to wait for it pauses before its next turn, so that a busy
+    process does not shut out those that poll.
+    """
+
+    FIRST_PAUSE = 0.0001
+    LONGEST_PAUSE = 0.001
+    COURTESY = 0.0003
+
+    def __init__(self, path: Path | None, name: str, timeout: float) -> None:
+        self._path = path
+        self._name = name
+        self._timeout = timeout
+        self._descriptor: int | None = None
+        self._contended = False
+
+    def __enter__(self) -> None:
+        if self._path is None:
+            return
+        if self._descriptor is None:
+            self._descriptor = os.open(self._path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        if self._contended:
+            time.sleep(self.COURTESY)
+        self._contended = not self._try(self._descriptor)
+        if self._contended:
+            self._poll(self._descriptor)
+
+    def __exit__(self, *_: object) -> None:
+        if self._descriptor is not None:
+            fcntl.flock(self._descriptor, fcntl.LOCK_UN)
+
+    def close(self) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+    def _try(self, descriptor: int) -> bool:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
+    def _poll(self, descriptor: int) -> None:
+        deadline = time.monotonic() + self._timeout
+        pause = self.FIRST_PAUSE
+        while not self._try(descriptor):
+            if time.monotonic() >= deadline:
+                raise StorageUnavailable(f"the {self._name} store is locked by another process", retry_after=1.0)
+            time.sleep(pause)
+            pause = min(pause * 1.5, self.LONGEST_PAUSE)
+
+
+def _deliver(batch: Sequence[Waiter[Op, Result]], outcomes: Sequence[Result | BaseException]) -> None:
+    """Wakes the waiters, with one call into each event loop."""
+    loops: dict[EventLoopToken, list[Waiter[Op, Result]]] = {}
+    for waiter, outcome in zip(batch, outcomes, strict=True):
+        waiter.outcome = outcome
+        loops.setdefault(waiter.token, []).append(waiter)
+    for token, waiters in loops.items():
+        _call_soon(token, waiters)
 
 
 def _call_soon(token: EventLoopToken, waiters: Sequence[Waiter[Op, Result]]) -> None:

@@ -1,0 +1,260 @@
+"""What a cap means: periods, balances, and the decision whether a hold fits. Pure; amounts are nano-USD.
+
+A hold of `amount` counts as *held* in the day, the month and the lifetime of each of its scopes until it is resolved; then what is
+booked counts as *spent* in the same periods. A grant keeps `spent + held <= cap` in each of them (invariant I1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from datetime import UTC, date, datetime, time, timedelta
+from typing import NamedTuple
+
+from .. import money
+from ..accounts import HoldRequest, ScopeClaim, Settlement, Window
+from ..errors import InvalidArgument, SpendCapExceeded, SpendCapHeld, TooManyParallelRequests
+from ..types import NO_CAPS, Caps
+
+SECONDS_PER_DAY = 86_400
+EPOCH_ORDINAL = date(1970, 1, 1).toordinal()
+WINDOWS: tuple[Window, ...] = ("day", "month", "total")
+MAX_AMOUNT = 10**15
+"""A million US dollars for one attempt; far below it lie all real ones, and sums of it stay within SQLite's 64 bits."""
+LONGEST_RETRY = 5.0
+SHORTEST_RETRY = 0.5
+PARALLEL_RETRY = 1.0
+
+
+class Periods(NamedTuple):
+    """The names of the UTC calendar periods that a moment lies in: `2026-01-31`, `2026-01` and the lifetime, which is empty."""
+
+    day: str
+    month: str
+    total: str = ""
+
+
+def day_number(now: float) -> int:
+    """Whole UTC days since 1970-01-01 of Unix seconds."""
+    return int(now // SECONDS_PER_DAY)
+
+
+def periods_of(day: int) -> Periods:
+    text = date.fromordinal(EPOCH_ORDINAL + day).isoformat()
+    return Periods(text, text[:7])
+
+
+def periods_from(day: str) -> Periods:
+    """The periods of a day as `Periods.day` names it."""
+    return Periods(day, day[:7])
+
+
+def resets_at(window: Window, periods: Periods) -> datetime | None:
+    """When the period ends; None for a lifetime."""
+    day = date.fromisoformat(periods.day)
+    if window == "day":
+        end = day + timedelta(days=1)
+    elif window == "month":
+        end = (day.replace(day=1) + timedelta(days=32)).replace(day=1)
+    else:
+        return None
+    return datetime.combine(end, time(), UTC)
+
+
+class Balance:
+    """One scope in one period. `spent`, `held` and `open` (the number of open holds, in the lifetime only) are as they will be; the
+    `base_` ones as they were read. `known` is false where they were not read and only the changes mean something."""
+
+    __slots__ = ("base_held", "base_open", "base_spent", "held", "known", "open", "spent")
+
+    def __init__(self, spent: int = 0, held: int = 0, open_holds: int = 0, *, known: bool = True) -> None:
+        self.spent = self.base_spent = spent
+        self.held = self.base_held = held
+        self.open = self.base_open = open_holds
+        self.known = known
+
+    @property
+    def changes(self) -> tuple[int, int, int]:
+        return self.spent - self.base_spent, self.held - self.base_held, self.open - self.base_open
+
+
+class Books:
+    """The balances and stored caps that a batch of decisions works on."""
+
+    def __init__(self) -> None:
+        self.balances: dict[tuple[str, str], Balance] = {}
+        self.caps: dict[str, Caps] = {}
+        self.next_lease_end: float | None = None
+
+    def known(self, scope: str, period: str) -> Balance:
+        """A balance to decide on. Raises `LookupError` where it was not read: a decision on it would be a guess."""
+        balance = self.balances[scope, period]
+        if not balance.known:
+            raise LookupError(f"the balance of {scope} in {period!r} was not read")
+        return balance
+
+    def caps_of(self, claim: ScopeClaim) -> Caps:
+        return self.caps.get(claim.scope, NO_CAPS) if claim.caps is None else claim.caps
+
+    def hold(self, scopes: Sequence[str], periods: Periods, amount: int) -> None:
+        for balance in self._all(scopes, periods):
+            balance.held += amount
+        self._count(scopes, 1)
+
+    def resolve(self, scopes: Sequence[str], periods: Periods, *, held: int, booked: int) -> None:
+        for balance in self._all(scopes, periods):
+            balance.held -= held
+            balance.spent += booked
+        self._count(scopes, -1)
+
+    def adjust(self, scopes: Sequence[str], periods: Periods, difference: int) -> None:
+        for balance in self._all(scopes, periods):
+            balance.spent += difference
+
+    def _all(self, scopes: Sequence[str], periods: Periods) -> Iterator[Balance]:
+        balances = self.balances
+        for scope in scopes:
+            for period in periods:
+                balance = balances.get((scope, period))
+                if balance is None:
+                    balance = balances[scope, period] = Balance(known=False)
+                yield balance
+
+    def _count(self, scopes: Sequence[str], change: int) -> None:
+        for scope in scopes:
+            self.balances[scope, ""].open += change
+
+
+class Refusal(NamedTuple):
+    """One window that a hold does not fit in."""
+
+    scope: str
+    window: Window
+    cap: int
+    spent: int
+    held: int
+
+    def final(self, required: int) -> bool:
+        """Whether it would not fit either if nothing were held."""
+        return self.spent + required > self.cap
+
+
+def check_request(request: HoldRequest) -> None:
+    """Raises `InvalidArgument` for a hold that no ledger could keep."""
+    if not 0 <= request.minimum <= request.wanted <= MAX_AMOUNT:
+        raise InvalidArgument(f"a hold needs 0 <= minimum <= wanted <= {MAX_AMOUNT} nano-USD", param="wanted")
+    if not request.minimum <= request.admission <= MAX_AMOUNT:
+        raise InvalidArgument(f"a hold needs minimum <= admission <= {MAX_AMOUNT} nano-USD", param="admission")
+    if not request.scopes or len({claim.scope for claim in request.scopes}) != len(request.scopes):
+        raise InvalidArgument("a hold needs one or more different scopes", param="scopes")
+
+
+def check_settlement(settlement: Settlement) -> None:
+    """Raises `InvalidArgument` for an amount that no ledger could book."""
+    if not 0 <= settlement.amount <= MAX_AMOUNT:
+        raise InvalidArgument(f"a settlement books between 0 and {MAX_AMOUNT} nano-USD", param="amount")
+
+
+def grant(request: HoldRequest, books: Books, periods: Periods, now: float) -> int:
+    """How much `request` gets; it changes nothing.
+
+    `admission` has to fit below every cap of every scope; then the grant is what is wanted, as far as the
+    tightest cap affords. Raises `SpendCapExceeded` where a cap refuses for good, else `TooManyParallelRequests`, else `SpendCapHeld`.
+    """
+    refusals: list[Refusal] = []
+    amount = request.wanted
+    for claim in request.scopes:
+        caps = books.caps_of(claim)
+        if caps is NO_CAPS:
+            continue
+        for window, period, cap in zip(WINDOWS, periods, caps, strict=True):
+            if cap is None:
+                continue
+            balance = books.known(claim.scope, period)
+            room = cap - balance.spent - balance.held
+            if request.admission > room:
+                refusals.append(Refusal(claim.scope, window, cap, balance.spent, balance.held))
+            elif room < amount:
+                amount = room
+    if refusals:
+        final = [refusal for refusal in refusals if refusal.final(request.admission)]
+        if final:
+            raise exceeded(max(final, key=_lasting), request.admission, periods)
+    check_parallel(request.scopes, books)
+    if refusals:
+        raise still_held(max(refusals, key=_lasting), request.admission, periods, books.next_lease_end, now)
+    return amount
+
+
+def check_parallel(claims: Sequence[ScopeClaim], books: Books) -> None:
+    for claim in claims:
+        if claim.max_parallel is not None and books.known(claim.scope, "").open >= claim.max_parallel:
+            kind = kind_of(claim.scope)
+            raise TooManyParallelRequests(
+                f"{OWNER.get(kind, kind)} may run {claim.max_parallel} calls at the same time; try again when one has ended",
+                retry_after=PARALLEL_RETRY,
+                scope=kind,
+                window="parallel",
+                limit=claim.max_parallel,
+            )
+
+
+OWNER = {"principal": "this key", "tenant": "this tenant", "gateway": "this gateway"}
+WINDOW_NAME = {"day": "daily", "month": "monthly", "total": "lifetime"}
+
+
+def kind_of(scope: str) -> str:
+    """`principal`, `tenant` or `gateway`; whatever stands before the colon."""
+    return scope.partition(":")[0]
+
+
+def exceeded(refusal: Refusal, required: int, periods: Periods) -> SpendCapExceeded:
+    kind = kind_of(refusal.scope)
+    end = resets_at(refusal.window, periods)
+    message = f"the {WINDOW_NAME[refusal.window]} spend cap of {OWNER.get(kind, kind)} is reached{_figures(kind, refusal, required)}"
+    if end is not None:
+        message += f"; the next period begins at {end:%Y-%m-%d %H:%M} UTC"
+    return SpendCapExceeded(message, scope=kind, window=refusal.window, resets_at=end, details=_details(kind, refusal, required))
+
+
+def still_held(refusal: Refusal, required: int, periods: Periods, next_lease_end: float | None, now: float) -> SpendCapHeld:
+    kind = kind_of(refusal.scope)
+    wait = LONGEST_RETRY if next_lease_end is None else next_lease_end - now
+    return SpendCapHeld(
+        f"the {WINDOW_NAME[refusal.window]} spend cap of {OWNER.get(kind, kind)} is held by calls that are still running"
+        f"{_figures(kind, refusal, required)}; try again when one has ended",
+        scope=kind,
+        window=refusal.window,
+        resets_at=resets_at(refusal.window, periods),
+        retry_after=min(LONGEST_RETRY, max(SHORTEST_RETRY, wait)),
+        details=_details(kind, refusal, required),
+    )
+
+
+def _lasting(refusal: Refusal) -> int:
+    """The longest window says the most about when a retry makes sense; `max` keeps the first scope of equals."""
+    return WINDOWS.index(refusal.window)
+
+
+def _usd(amount: int) -> str:
+    return money.text(money.dollars(amount)) or "0"
+
+
+def _figures(kind: str, refusal: Refusal, required: int) -> str:
+    if kind != "principal":
+        return ""
+    return (
+        f": {_usd(refusal.spent)} USD spent and {_usd(refusal.held)} USD held of {_usd(refusal.cap)} USD,"
+        f" and this call may cost {_usd(required)} USD"
+    )
+
+
+def _details(kind: str, refusal: Refusal, required: int) -> dict[str, str]:
+    """Amounts of the caller's own scope only: those of a tenant or of the gateway would tell what others spend."""
+    if kind != "principal":
+        return {}
+    return {
+        "cap_usd": _usd(refusal.cap),
+        "spent_usd": _usd(refusal.spent),
+        "held_usd": _usd(refusal.held),
+        "required_usd": _usd(required),
+    }

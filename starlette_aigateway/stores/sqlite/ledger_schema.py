@@ -1,0 +1,257 @@
+"""The ledger's tables, and what a row of them is in Python.
+
+- `balances`: what is spent and held, by scope and period (`2026-01-31`, `2026-01`, empty for the lifetime); `open` counts the open
+  holds of a scope, in its lifetime row.
+- `holds`: the open ones, and for a week the expired ones, which a late settlement may still adjust. `facts` is a `HoldFacts` in JSON.
+- `entries`: append-only, in the order of the decisions; what `check` replays. A `hold` entry carries its day and, for each scope, the
+  caps that it was decided under.
+- `usage`: one record for each attempt. The row number is the time in milliseconds and 20 bits that tell equal times apart, so that
+  each index on a filter is also in the order of time, and none on the time itself is needed.
+- `caps`: those of tenants and of the gateway. `meta`: `day` is the latest UTC day that a hold was made in, in days since 1970.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+import msgspec
+from msgspec import Struct
+
+from ...accounts import Hold, HoldRequest, Outcome, UsageRecord
+from ...money import text
+from ...policy.budgets import Periods, periods_from
+from ...types import Price, Usage
+
+SCHEMA: Final = (
+    """
+CREATE TABLE balances (
+    scope TEXT NOT NULL, period TEXT NOT NULL,
+    spent INTEGER NOT NULL, held INTEGER NOT NULL, open INTEGER NOT NULL,
+    PRIMARY KEY (scope, period)
+) WITHOUT ROWID;
+CREATE TABLE holds (
+    id TEXT NOT NULL PRIMARY KEY, expires_at REAL NOT NULL, expired INTEGER NOT NULL, facts TEXT NOT NULL
+) WITHOUT ROWID;
+CREATE INDEX leases ON holds (expires_at) WHERE expired = 0;
+CREATE TABLE entries (
+    seq INTEGER PRIMARY KEY, hold TEXT NOT NULL, kind TEXT NOT NULL, at REAL NOT NULL, amount INTEGER NOT NULL,
+    day TEXT, scopes TEXT
+);
+CREATE TABLE usage (
+    seq INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE, request_id TEXT NOT NULL, attempt INTEGER NOT NULL, created_at REAL NOT NULL,
+    principal TEXT NOT NULL, tenant TEXT, key_id TEXT, provider TEXT NOT NULL, model TEXT NOT NULL, response_model TEXT,
+    input_tokens INTEGER NOT NULL, output_tokens INTEGER NOT NULL, cache_read_input_tokens INTEGER NOT NULL,
+    cache_creation_input_tokens INTEGER NOT NULL, reasoning_output_tokens INTEGER NOT NULL,
+    cost INTEGER NOT NULL, price TEXT, outcome TEXT NOT NULL, latency_ms INTEGER, prompt TEXT, tags TEXT, held INTEGER NOT NULL
+);
+CREATE INDEX usage_principal ON usage (principal);
+CREATE INDEX usage_tenant ON usage (tenant) WHERE tenant IS NOT NULL;
+CREATE INDEX usage_key ON usage (key_id) WHERE key_id IS NOT NULL;
+CREATE INDEX usage_model ON usage (model);
+CREATE TABLE caps (scope TEXT NOT NULL PRIMARY KEY, day INTEGER, month INTEGER, total INTEGER) WITHOUT ROWID;
+CREATE TABLE meta (name TEXT NOT NULL PRIMARY KEY, value INTEGER NOT NULL) WITHOUT ROWID;
+INSERT INTO meta VALUES ('day', 0), ('pings', 0);
+""",
+)
+
+SEQ_BITS = 20
+SEQ_STEP = 1 << SEQ_BITS
+ADJUSTED = ".adjust"
+"""What the id of an `adjusted` record has after the hold's."""
+
+
+class HoldFacts(Struct, array_like=True):
+    """All that is known of a hold that is not resolved. `made_at` is never before the ledger's latest day."""
+
+    id: str
+    request_id: str
+    attempt: int
+    scopes: tuple[str, ...]
+    principal: str
+    tenant: str | None
+    key_id: str | None
+    provider: str
+    model: str
+    price: str | None
+    prompt: str | None
+    tags: dict[str, str] | None
+    amount: int
+    day: str
+    made_at: float
+    expires_at: float
+    expired: bool = False
+
+    @property
+    def periods(self) -> Periods:
+        return periods_from(self.day)
+
+    @property
+    def hold(self) -> Hold:
+        return Hold(id=self.id, amount=self.amount, made_at=self.made_at, expires_at=self.expires_at)
+
+
+NO_USAGE = Usage(input_tokens=0, output_tokens=0)
+
+
+def seq_base(created_at: float) -> int:
+    """The first row number of the millisecond that `created_at` (Unix seconds) lies in."""
+    return int(created_at * 1000) << SEQ_BITS
+
+
+class Prices:
+    """Price snapshots as compact JSON and back. A gateway has few prices: both ways are remembered, up to a bound."""
+
+    BOUND = 1024
+
+    def __init__(self) -> None:
+        self._texts: dict[Price, str] = {}
+        self._prices: dict[str, Price] = {}
+
+    def dump(self, price: Price | None) -> str | None:
+        if price is None:
+            return None
+        known = self._texts.get(price)
+        if known is None:
+            amounts = (price.input, price.output, price.cache_read, price.cache_write, price.request)
+            known = msgspec.json.encode([text(amount) for amount in amounts]).decode()
+            if len(self._texts) >= self.BOUND:
+                self._texts.clear()
+            self._texts[price] = known
+        return known
+
+    def load(self, stored: str | None) -> Price | None:
+        if stored is None:
+            return None
+        known = self._prices.get(stored)
+        if known is None:
+            read, write, cache_read, cache_write, request = msgspec.json.decode(stored, type=list[str])
+            known = Price(read, write, cache_read=cache_read, cache_write=cache_write, request=request)
+            if len(self._prices) >= self.BOUND:
+                self._prices.clear()
+            self._prices[stored] = known
+        return known
+
+
+def facts_of(request: HoldRequest, price: str | None, *, amount: int, day: str, made_at: float) -> HoldFacts:
+    return HoldFacts(
+        request.id,
+        request.request_id,
+        request.attempt,
+        tuple([claim.scope for claim in request.scopes]),
+        request.principal,
+        request.tenant,
+        request.key_id,
+        request.provider,
+        request.model,
+        price,
+        request.prompt,
+        dict(request.tags) or None,
+        amount,
+        day,
+        made_at,
+        request.expires_at,
+    )
+
+
+def record_of(
+    facts: HoldFacts,
+    price: Price | None,
+    outcome: Outcome,
+    cost: int,
+    *,
+    usage: Usage = NO_USAGE,
+    response_model: str | None = None,
+    latency_ms: int | None = None,
+) -> UsageRecord:
+    """What a resolved hold leaves in the books."""
+    return UsageRecord(
+        id=facts.id + ADJUSTED if outcome == "adjusted" else facts.id,
+        request_id=facts.request_id,
+        attempt=facts.attempt,
+        created_at=facts.made_at,
+        principal=facts.principal,
+        tenant=facts.tenant,
+        key_id=facts.key_id,
+        provider=facts.provider,
+        model=facts.model,
+        response_model=response_model,
+        usage=usage,
+        cost=cost,
+        price=price,
+        outcome=outcome,
+        latency_ms=latency_ms,
+        prompt=facts.prompt,
+        tags=facts.tags or {},
+    )
+
+
+USAGE_COLUMNS = (
+    "seq, id, request_id, attempt, created_at, principal, tenant, key_id, provider, model, response_model, input_tokens, output_tokens,"
+    " cache_read_input_tokens, cache_creation_input_tokens, reasoning_output_tokens, cost, price, outcome, latency_ms, prompt, tags, held"
+)
+USAGE_WIDTH = USAGE_COLUMNS.count(",") + 1
+
+Row = Sequence[Any]  # what sqlite3 binds and returns: int, float, str, None
+
+
+def tags_text(tags: Mapping[str, str]) -> str | None:
+    return msgspec.json.encode(tags).decode() if tags else None
+
+
+def usage_row(record: UsageRecord, seq: int, price: str | None, held: int) -> Row:
+    usage = record.usage
+    return (
+        seq,
+        record.id,
+        record.request_id,
+        record.attempt,
+        record.created_at,
+        record.principal,
+        record.tenant,
+        record.key_id,
+        record.provider,
+        record.model,
+        record.response_model,
+        usage.input_tokens,
+        usage.output_tokens,
+        usage.cache_read_input_tokens,
+        usage.cache_creation_input_tokens,
+        usage.reasoning_output_tokens,
+        record.cost,
+        price,
+        record.outcome,
+        record.latency_ms,
+        record.prompt,
+        tags_text(record.tags),
+        held,
+    )
+
+
+def record_from(row: Row, prices: Prices) -> UsageRecord:
+    """A row of `USAGE_COLUMNS` as the record that it was."""
+    return UsageRecord(
+        id=row[1],
+        request_id=row[2],
+        attempt=row[3],
+        created_at=row[4],
+        principal=row[5],
+        tenant=row[6],
+        key_id=row[7],
+        provider=row[8],
+        model=row[9],
+        response_model=row[10],
+        usage=Usage(
+            input_tokens=row[11],
+            output_tokens=row[12],
+            cache_read_input_tokens=row[13],
+            cache_creation_input_tokens=row[14],
+            reasoning_output_tokens=row[15],
+        ),
+        cost=row[16],
+        price=prices.load(row[17]),
+        outcome=row[18],
+        latency_ms=row[19],
+        prompt=row[20],
+        tags={} if row[21] is None else msgspec.json.decode(row[21], type=dict[str, str]),
+    )

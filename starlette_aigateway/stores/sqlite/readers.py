@@ -1,0 +1,73 @@
+"""Read connections for worker threads: reports must wait for no writer, and no writer for them."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+import anyio.to_thread
+
+from ...errors import AIGatewayError, StorageUnavailable
+
+T = TypeVar("T")
+
+
+class Readers:
+    """Connections that are opened as they are needed, kept for the next reader, and not carried over a fork."""
+
+    KEPT = 4
+
+    def __init__(self, connect: Callable[[], sqlite3.Connection], name: str) -> None:
+        self._connect = connect
+        self._name = name
+        self._pid = os.getpid()
+        self._idle: list[sqlite3.Connection] = []
+
+    async def run(self, read: Callable[[sqlite3.Connection], T]) -> T:
+        """`read` in a worker thread, on one snapshot. Raises `StorageUnavailable` where the database fails."""
+        return await anyio.to_thread.run_sync(self._read, read)
+
+    def close(self) -> None:
+        if self._pid == os.getpid():
+            while self._idle:
+                self._idle.pop().close()
+
+    def _read(self, read: Callable[[sqlite3.Connection], T]) -> T:
+        try:
+            with self._snapshot() as connection:
+                return read(connection)
+        except sqlite3.Error as error:
+            raise StorageUnavailable(f"the {self._name} store cannot be read: {error}", retry_after=1.0) from error
+
+    @contextmanager
+    def _snapshot(self) -> Iterator[sqlite3.Connection]:
+        if self._pid != os.getpid():
+            self._pid, self._idle = os.getpid(), []
+        connection = self._take()
+        try:
+            connection.execute("BEGIN")
+            yield connection
+            connection.execute("COMMIT")
+        except AIGatewayError:
+            connection.execute("ROLLBACK")
+            self._keep(connection)
+            raise
+        except BaseException:
+            connection.close()
+            raise
+        self._keep(connection)
+
+    def _take(self) -> sqlite3.Connection:
+        try:
+            return self._idle.pop()
+        except IndexError:
+            return self._connect()
+
+    def _keep(self, connection: sqlite3.Connection) -> None:
+        if len(self._idle) < self.KEPT:
+            self._idle.append(connection)
+        else:
+            connection.close()
