@@ -1,0 +1,395 @@
+"""Sliding windows: the arithmetic against a model, and our storage in one process, in several, and after faults."""
+
+import os
+import sqlite3
+import stat
+import subprocess
+import sys
+import threading
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import anyio
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from limits.errors import StorageError
+from limits.storage import storage_from_string
+
+from starlette_aigateway.errors import ConfigurationError, InvalidArgument, StorageUnavailable
+from starlette_aigateway.limiter import SharedWindows
+from starlette_aigateway.policy.windows import MICROSECONDS, Refusal, Sliding, WindowClaim
+from starlette_aigateway.stores.sqlite.windows import SQLiteWindowStorage
+from starlette_aigateway.testing.windows import (
+    LimitsContract,
+    StandingClock,
+    WindowsContract,
+    admitted,
+    remaining,
+    requests,
+    tokens,
+)
+
+pytestmark = pytest.mark.anyio
+
+SPAN = 60 * MICROSECONDS
+
+
+@pytest.fixture
+def clock() -> StandingClock:
+    return StandingClock()
+
+
+@pytest.fixture
+async def storage(tmp_path: Path, clock: StandingClock) -> AsyncIterator[SQLiteWindowStorage]:
+    async with SQLiteWindowStorage(path=tmp_path / "data" / "windows.db", clock=clock) as storage:
+        yield storage
+
+
+class TestSQLiteWindows(WindowsContract):
+    pass
+
+
+class TestSQLiteWindowsUnderLimits(LimitsContract):
+    @pytest.fixture(autouse=True)
+    def _one_time(self, clock: StandingClock, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The strategies of `limits` add the time of their own clock to what a sliding storage tells."""
+        monkeypatch.setattr("limits.aio.strategies.time.time", clock)
+
+
+# --- the arithmetic ---------------------------------------------------------------------------------------------------
+
+
+@given(
+    current=st.integers(0, 500),
+    previous=st.integers(0, 500),
+    room=st.integers(0, 300),
+    elapsed=st.integers(0, SPAN - 1),
+)
+def test_the_wait_of_a_counter_is_the_first_microsecond_at_which_there_is_room(
+    current: int, previous: int, room: int, elapsed: int
+) -> None:
+    start = 1000 * SPAN + elapsed
+    counter = Sliding(current, previous, 1000)
+
+    def used_at(now: int) -> int:
+        return counter.at(now, SPAN).used(now, SPAN)
+
+    wait = counter.wait(room, start, SPAN)
+    assert used_at(start + wait) <= room
+    if wait:
+        assert used_at(start + wait - 1) > room
+
+
+@given(
+    hits=st.lists(st.tuples(st.integers(0, 2 * SPAN), st.integers(1, 50)), max_size=20),
+    pause=st.integers(0, 2 * SPAN),
+)
+def test_a_counter_only_falls_while_nothing_comes_in(hits: list[tuple[int, int]], pause: int) -> None:
+    now, counter = 0, Sliding()
+    for step, amount in hits:
+        now += step
+        counter = counter.at(now, SPAN).hit(amount)
+    assert counter.at(now + pause, SPAN).used(now + pause, SPAN) <= counter.at(now, SPAN).used(now, SPAN)
+
+
+class Model:
+    """Brute force: every hit that was ever let in."""
+
+    def __init__(self) -> None:
+        self.hits: list[tuple[int, int]] = []
+
+    def used(self, now: int, span: int) -> int:
+        return sum(amount for at, amount in self.hits if now - span < at <= now)
+
+    def wait(self, limit: int, amount: int, now: int, span: int) -> int:
+        later = [0, *(at + span - now for at, _ in self.hits if at + span > now)]
+        return min(wait for wait in later if self.used(now + wait, span) + amount <= limit)
+
+
+Step = tuple[int, int, int, str]
+STEPS = st.lists(
+    st.tuples(
+        st.one_of(st.integers(0, 3), st.integers(0, 4 * MICROSECONDS), st.just(2 * MICROSECONDS)),
+        st.integers(1, 4),
+        st.integers(4, 7),
+        st.sampled_from(["a", "b"]),
+    ),
+    max_size=60,
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(steps=STEPS)
+def test_the_moving_window_agrees_with_brute_force(steps: list[Step]) -> None:
+    """Over changing limits, amounts and keys, in windows of two seconds: admission, remaining and wait."""
+
+    async def run() -> None:
+        clock, models = StandingClock(), {"a": Model(), "b": Model()}
+        async with SQLiteWindowStorage(path=":memory:", clock=clock) as storage:
+            for pause, amount, limit, key in steps:
+                clock.advance(pause / MICROSECONDS)
+                now, model, span = round(clock() * MICROSECONDS), models[key], 2 * MICROSECONDS
+                used = model.used(now, span)
+                outcome = await storage.acquire_all([requests(limit, scope=key, amount=amount, seconds=2)])
+                if used + amount <= limit:
+                    assert not isinstance(outcome, Refusal)
+                    model.hits.append((now, amount))
+                    assert outcome[0].remaining == limit - used - amount
+                else:
+                    assert isinstance(outcome, Refusal)
+                    assert outcome.wait is not None
+                    assert round(outcome.wait * MICROSECONDS) == model.wait(limit, amount, now, span)
+                    assert outcome.states[0].remaining == max(0, limit - used)
+
+    anyio.run(run)
+
+
+@settings(max_examples=30, deadline=None)
+@given(pauses=st.lists(st.integers(0, MICROSECONDS), min_size=20, max_size=120), limit=st.integers(1, 6))
+def test_no_interval_of_a_window_holds_more_than_the_limit(pauses: list[int], limit: int) -> None:
+    async def run() -> list[int]:
+        clock, let_in = StandingClock(), []
+        async with SQLiteWindowStorage(path=":memory:", clock=clock) as storage:
+            for pause in pauses:
+                clock.advance(pause / MICROSECONDS)
+                if await admitted(storage, requests(limit, seconds=1)):
+                    let_in.append(round(clock() * MICROSECONDS))
+        return let_in
+
+    let_in = anyio.run(run)
+    for start in let_in:
+        assert sum(start <= at < start + MICROSECONDS for at in let_in) <= limit
+
+
+# --- one process ------------------------------------------------------------------------------------------------------
+
+
+def test_a_new_storage_touches_no_file(tmp_path: Path) -> None:
+    SQLiteWindowStorage(path=tmp_path / "data" / "windows.db")
+    assert list(tmp_path.iterdir()) == []
+
+
+async def test_a_storage_is_made_from_a_string(tmp_path: Path) -> None:
+    storage = storage_from_string(f"async+aigateway:///{tmp_path}/da%20ta/windows.db")
+    assert isinstance(storage, SQLiteWindowStorage)
+    async with storage:
+        assert await storage.incr("a", 60) == 1
+    assert storage.path == tmp_path / "da ta" / "windows.db"
+    assert stat.S_IMODE(storage.path.parent.stat().st_mode) == 0o700
+
+
+@pytest.mark.parametrize("uri", [None, "async+aigateway://", "async+aigateway://host/x.db", "async+aigateway:///"])
+def test_a_storage_without_a_path_is_refused(uri: str | None) -> None:
+    with pytest.raises(ConfigurationError, match="path"):
+        SQLiteWindowStorage(uri)
+
+
+async def test_windows_are_kept_over_a_restart(tmp_path: Path, clock: StandingClock) -> None:
+    for expected in (True, False):
+        async with SQLiteWindowStorage(path=tmp_path / "windows.db", clock=clock) as storage:
+            assert await admitted(storage, requests(1)) is expected
+
+
+async def test_two_claims_on_one_window_are_refused(storage: SQLiteWindowStorage) -> None:
+    with pytest.raises(InvalidArgument, match="same window"):
+        await storage.acquire_all([requests(5), requests(3)])
+
+
+@pytest.mark.parametrize(
+    "claim", [requests(5, scope="a\x00b"), requests(5, scope="\ud800"), requests(5, seconds=0), tokens(5, -1), tokens(5, 2**70)]
+)
+async def test_a_claim_that_makes_no_sense_is_refused(storage: SQLiteWindowStorage, claim: WindowClaim) -> None:
+    with pytest.raises(InvalidArgument):
+        await storage.acquire_all([claim])
+
+
+async def test_a_window_of_requests_cannot_be_corrected(storage: SQLiteWindowStorage) -> None:
+    with pytest.raises(InvalidArgument, match="tokens"):
+        await storage.adjust([(requests(5), -1)])
+
+
+async def test_mixed_operations_of_one_batch_take_effect_in_their_order(storage: SQLiteWindowStorage) -> None:
+    """Sent together, so that the writer takes them as one batch or few; `clear` in the middle is seen by what follows."""
+    claim, outcomes = requests(2), []
+
+    async def send() -> None:
+        outcomes.append(await admitted(storage, claim))
+
+    async with anyio.create_task_group() as group:
+        for _ in range(5):
+            group.start_soon(send)
+    await storage.clear(claim.key)
+    outcomes.append(await admitted(storage, claim))
+    assert outcomes.count(True) == 3
+
+
+async def test_what_has_expired_is_removed_in_passing(storage: SQLiteWindowStorage, clock: StandingClock) -> None:
+    for number in range(400):
+        assert await admitted(storage, requests(1, scope=f"login:{number}"), tokens(1, 1, scope=f"login:{number}"))
+        clock.advance(1)
+    for _ in range(600):
+        assert await admitted(storage, requests(1000))
+        clock.advance(1)
+    await anyio.to_thread.run_sync(storage.close)
+    with sqlite3.connect(storage.path) as connection:
+        (windows,) = connection.execute("SELECT count(*) FROM windows").fetchone()
+        (hits,) = connection.execute("SELECT count(*) FROM hits").fetchone()
+    connection.close()
+    assert windows < 50, "of 801"
+    assert hits < 200, "of 1000, 60 of which still count"
+
+
+async def test_a_burst_that_expired_long_ago_does_not_count(storage: SQLiteWindowStorage, clock: StandingClock) -> None:
+    for _ in range(300):
+        assert await admitted(storage, requests(300))
+        clock.advance(0.1)
+    assert await remaining(storage, requests(300)) == [0]
+    clock.advance(45)
+    assert await remaining(storage, requests(300)) == [151]
+    clock.advance(600)
+    assert await remaining(storage, requests(300)) == [300]
+    assert await admitted(storage, requests(300, amount=300))
+
+
+# --- several event loops and processes --------------------------------------------------------------------------------
+
+
+async def hammer(storage: SharedWindows, calls: int, limit: int) -> int:
+    let_in = 0
+
+    async def one() -> None:
+        nonlocal let_in
+        if await admitted(storage, requests(limit, scope="gateway"), tokens(10**6, 1, scope="gateway")):
+            let_in += 1
+
+    async with anyio.create_task_group() as group:
+        for _ in range(calls):
+            group.start_soon(one)
+    return let_in
+
+
+def test_two_event_loops_share_one_storage(tmp_path: Path) -> None:
+    storage = SQLiteWindowStorage(path=tmp_path / "windows.db", clock=StandingClock())
+    counts: list[int] = []
+
+    def loop(backend: str) -> None:
+        counts.append(anyio.run(hammer, storage, 60, 50, backend=backend))
+
+    threads = [threading.Thread(target=loop, args=(backend,)) for backend in ("asyncio", "trio", "asyncio")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    storage.close()
+    assert sum(counts) == 50
+
+
+HAMMER = """
+import sys, anyio
+sys.path.insert(0, {root!r})
+from starlette_aigateway.stores.sqlite.windows import SQLiteWindowStorage
+from tests.test_windows import hammer
+
+async def main():
+    async with SQLiteWindowStorage(path={path!r}) as storage:
+        await storage.check()
+        print("ready", flush=True)
+        sys.stdin.readline()
+        print(await hammer(storage, 80, 100), flush=True)
+
+anyio.run(main, backend={backend!r})
+"""
+
+
+def test_four_processes_together_get_exactly_the_limit(tmp_path: Path) -> None:
+    root = str(Path(__file__).parent.parent)
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", HAMMER.format(root=root, path=str(tmp_path / "windows.db"), backend=backend)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for backend in ("asyncio", "trio", "asyncio", "trio")
+    ]
+    for process in processes:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+    counts = [int(process.communicate("go\n", timeout=60)[0]) for process in processes]
+    assert sum(counts) == 100, counts
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")  # forking with a live writer thread is what is tested
+def test_a_forked_child_counts_in_the_same_windows(tmp_path: Path) -> None:
+    storage = SQLiteWindowStorage(path=tmp_path / "windows.db", clock=StandingClock())
+    assert anyio.run(hammer, storage, 3, 5) == 3
+    child = os.fork()
+    if child == 0:
+        let_in = 99
+        try:
+            let_in = anyio.run(hammer, storage, 4, 5)
+            storage.close()
+        finally:
+            os._exit(let_in)
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 2
+    assert anyio.run(hammer, storage, 3, 5) == 0
+    storage.close()
+
+
+# --- faults -----------------------------------------------------------------------------------------------------------
+
+
+async def test_a_file_that_cannot_be_opened_is_storage_unavailable(tmp_path: Path) -> None:
+    (tmp_path / "windows.db").mkdir()
+    async with SQLiteWindowStorage(path=tmp_path / "windows.db") as storage:
+        with pytest.raises(StorageUnavailable):
+            await storage.acquire_all([requests(1)])
+        assert not await storage.check()
+
+
+async def test_errors_are_wrapped_where_limits_is_asked_to(tmp_path: Path) -> None:
+    (tmp_path / "windows.db").mkdir()
+    async with SQLiteWindowStorage(path=tmp_path / "windows.db", wrap_exceptions=True) as storage:
+        with pytest.raises(StorageError):
+            await storage.incr("a", 60)
+
+
+async def test_a_full_disk_refuses_and_a_freed_one_goes_on(tmp_path: Path, clock: StandingClock) -> None:
+    async with SQLiteWindowStorage(path=tmp_path / "windows.db", clock=clock) as storage:
+        assert await admitted(storage, requests(3))
+        blocker = sqlite3.connect(storage.path, isolation_level=None)
+        blocker.execute("CREATE TRIGGER full BEFORE INSERT ON hits BEGIN SELECT RAISE(ABORT, 'disk full'); END")
+        with pytest.raises(StorageUnavailable):
+            await storage.acquire_all([requests(3)])
+        blocker.execute("DROP TRIGGER full")
+        blocker.close()
+        assert await remaining(storage, requests(3)) == [2], "what failed took nothing"
+
+
+async def test_a_lock_held_by_another_process_is_waited_for_and_then_refused(tmp_path: Path) -> None:
+    path = tmp_path / "windows.db"
+    async with SQLiteWindowStorage(path=path, timeout=0.05) as storage:
+        assert await admitted(storage, requests(3))
+        blocker = sqlite3.connect(path, isolation_level=None)
+        blocker.execute("BEGIN IMMEDIATE")
+        with pytest.raises(StorageUnavailable):
+            await storage.acquire_all([requests(3)])
+        blocker.execute("ROLLBACK")
+        blocker.close()
+        assert await admitted(storage, requests(3))
+
+
+@pytest.mark.parametrize("damage", ["header", "pages"])
+async def test_a_damaged_file_is_replaced_by_an_empty_one(tmp_path: Path, clock: StandingClock, damage: str) -> None:
+    path = tmp_path / "windows.db"
+    async with SQLiteWindowStorage(path=path, clock=clock) as storage:
+        for number in range(200):
+            assert await admitted(storage, requests(1, scope=f"login:{number}"))
+    content = path.read_bytes()
+    path.write_bytes(b"\xff" * 4096 + content[4096:] if damage == "header" else content[:8192] + b"\xff" * (len(content) - 8192))
+    async with SQLiteWindowStorage(path=path, clock=clock) as storage:
+        assert await admitted(storage, requests(1, scope="login:1"))
+        assert not await admitted(storage, requests(1, scope="login:1"))
