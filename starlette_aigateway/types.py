@@ -365,8 +365,8 @@ class ProviderCall(Struct, frozen=True, kw_only=True):
     """One attempt, as an adapter gets it.
 
     `request` has its `model` mapped to the upstream's name and `max_tokens` set to the bound that the hold was made for (None: no
-    bound is needed). `timeout` is in seconds, for the whole attempt. `headers` are safe to send on; the caller's credential is not
-    among them.
+    bound is needed). `timeout` is in seconds, for the whole attempt, and the pipeline cancels what takes longer; `connect` and `read`
+    are those of `Timeouts`. `headers` are safe to send on; the caller's credential is not among them.
     """
 
     request: CompletionRequest
@@ -374,6 +374,8 @@ class ProviderCall(Struct, frozen=True, kw_only=True):
     timeout: float
     request_id: str
     headers: Mapping[str, str] = {}
+    connect: float = 5.0
+    read: float = 120.0
 
 
 class CacheControl(Struct, frozen=True, kw_only=True):

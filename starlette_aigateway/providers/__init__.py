@@ -1,5 +1,6 @@
 """The providers that come with the gateway."""
 
 from .echo import EchoProvider
+from .openai import OpenAIProvider
 
-__all__ = ["EchoProvider"]
+__all__ = ["EchoProvider", "OpenAIProvider"]

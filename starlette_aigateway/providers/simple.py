@@ -169,7 +169,6 @@ class SimpleAnswer:
         self._provider = provider
         self._streaming = streaming
         self._source: AsyncIterator[Chunk] | None = None
-        self._deadline = anyio.current_time() + call.timeout
 
     async def completion(self) -> Completion:
         return _checked_completion(await self._guard(lambda: self._provider.complete(self._call.request)), self._name)
@@ -212,18 +211,15 @@ class SimpleAnswer:
         return cast("AsyncIterator[Chunk]", source)
 
     async def _guard(self, step: Callable[[], Awaitable[T]]) -> T:
-        """Runs a step of the host's code within the attempt's deadline; only `ProviderError` and cancellation come out."""
-        scope = anyio.CancelScope(deadline=self._deadline)
+        """Runs a step of the host's code; only `ProviderError` and cancellation come out."""
         try:
-            with scope:
-                return await step()
+            return await step()
         except ProviderError as error:
             raise _checked_error(error) from error.__cause__
         except TimeoutError as error:
             raise ProviderTimeout(f"the provider {self._name} timed out") from error
         except Exception as error:  # the host's code may raise anything; its text may hold a secret, so only its type is told
             raise _foreign(error, self._name) from error
-        raise ProviderTimeout(f"the provider {self._name} did not answer within {self._call.timeout:g} seconds")
 
 
 def _foreign(error: Exception, name: str) -> ProviderError:

@@ -1,0 +1,117 @@
+"""The transport over HTTPX: on asyncio and trio, and over a client that the host brings."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
+from contextlib import aclosing, asynccontextmanager, contextmanager
+from http.cookiejar import CookieJar, DefaultCookiePolicy
+from importlib import import_module
+from typing import Any
+
+from ..errors import ConfigurationError, ProviderError, ProviderTimeout
+from ..protocols import HTTPRequest
+from .transport import HTTPX_LIBRARIES, PerLoop
+
+KEEP_ALIVE_SECONDS = 55.0
+
+
+class HttpxTransport:
+    """As `Transport` says, over `library`: `httpx2` or `httpx`, None for the first of them that is installed.
+
+    Connections are kept alive, their number is not limited, TLS is verified, cookies are dropped. With a `client` of the host's, its own
+    settings hold, it is used in whatever loop runs, and it stays the host's to close; redirects are not followed all the same.
+    """
+
+    def __init__(self, *, library: str | None = None, client: Any = None, trust_env: bool = False) -> None:
+        # httpx and httpx2 have the same names, but their classes are not related: the module is a value here, and so untyped.
+        self._httpx: Any = _import(library)
+        self._client = client
+        self._trust_env = trust_env
+        self._clients = PerLoop(self._open, _close)
+
+    @asynccontextmanager
+    async def send(self, request: HTTPRequest, *, connect: float, read: float) -> AsyncIterator[HttpxAnswer]:
+        client = self._client if self._client is not None else await self._clients.get()
+        with self._translated():
+            response = await client.send(
+                client.build_request(
+                    "POST",
+                    request.url,
+                    content=request.body,
+                    headers={"accept-encoding": "identity", **request.headers},
+                    timeout=self._httpx.Timeout(connect=connect, read=read, write=read, pool=connect),
+                ),
+                stream=True,
+                follow_redirects=False,
+            )
+        try:
+            yield HttpxAnswer(response, self._translated)
+        finally:
+            await response.aclose()
+
+    async def aclose(self) -> None:
+        await self._clients.aclose()
+
+    def _open(self) -> Any:
+        return self._httpx.AsyncClient(
+            limits=self._httpx.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=KEEP_ALIVE_SECONDS),
+            cookies=CookieJar(DefaultCookiePolicy(allowed_domains=())),
+            trust_env=self._trust_env,
+        )
+
+    @contextmanager
+    def _translated(self) -> Iterator[None]:
+        """HTTPX's errors as ours. What it raises while it connects is certain not to have been sent; of all else nothing is certain."""
+        httpx = self._httpx
+        try:
+            yield
+        except (httpx.ConnectTimeout, httpx.PoolTimeout) as error:
+            raise ProviderTimeout("the provider could not be reached in time", billed="no") from error
+        except (httpx.ConnectError, httpx.UnsupportedProtocol, httpx.InvalidURL) as error:
+            raise ProviderError("the provider could not be reached", billed="no") from error
+        except httpx.TimeoutException as error:
+            raise ProviderTimeout("the provider was silent for too long") from error
+        except (httpx.HTTPError, httpx.StreamError, OSError) as error:
+            raise ProviderError("the connection to the provider broke") from error
+
+
+class HttpxAnswer:
+    def __init__(self, response: Any, translated: Any) -> None:
+        self._response = response
+        self._translated = translated
+        self.status: int = response.status_code
+        self.headers: Mapping[str, str] = {name.lower(): value for name, value in response.headers.items()}
+
+    async def read(self, limit: int) -> bytes:
+        parts: list[bytes] = []
+        size = 0
+        async with aclosing(self.chunks()) as chunks:
+            async for data in chunks:
+                size += len(data)
+                if size > limit:
+                    raise ProviderError(f"the provider's answer is longer than {limit} bytes", status=self.status)
+                parts.append(data)
+        return b"".join(parts)
+
+    async def chunks(self) -> AsyncGenerator[bytes, None]:
+        async with aclosing(self._response.aiter_bytes()) as body:
+            while True:
+                with self._translated():
+                    data = await anext(body, None)
+                if data is None:
+                    return
+                if data:
+                    yield data
+
+
+def _import(library: str | None) -> Any:
+    for name in HTTPX_LIBRARIES if library is None else (library,):
+        try:
+            return import_module(name)
+        except ImportError:
+            continue
+    raise ConfigurationError("no HTTP client is installed; install httpx2, httpx or starlette_aigateway[fast]")
+
+
+async def _close(client: Any) -> None:
+    await client.aclose()
