@@ -1,0 +1,61 @@
+"""Prices in `config.db`."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from ... import money
+from ...types import Price
+from .config import ConfigDatabase, Remembered, decode, encode
+
+PriceTable = Mapping[tuple[str | None, str], Price]
+ANY_PROVIDER = ""
+
+
+class SQLitePriceStore:
+    """The `PriceStore` protocol. `all` gives the same mapping for as long as nothing has changed."""
+
+    def __init__(self, database: ConfigDatabase) -> None:
+        self._database = database
+        self._remembered: Remembered[None, PriceTable] = Remembered(database)
+
+    async def put(self, provider: str | None, model: str, price: Price | None) -> None:
+        cells = (provider or ANY_PROVIDER, model)
+
+        def change(connection: sqlite3.Connection) -> None:
+            if price is None:
+                connection.execute("DELETE FROM prices WHERE provider = ? AND model = ?", cells)
+            else:
+                connection.execute(
+                    "INSERT INTO prices (provider, model, price) VALUES (?, ?, ?)"
+                    " ON CONFLICT (provider, model) DO UPDATE SET price = excluded.price",
+                    (*cells, _encode(price)),
+                )
+
+        await self._database.write(change)
+
+    async def all(self) -> PriceTable:
+        return self._remembered.get(None, lambda: self._database.read(_select))
+
+
+def _select(connection: sqlite3.Connection) -> PriceTable:
+    rows = connection.execute("SELECT provider, model, price FROM prices").fetchall()
+    return MappingProxyType({(provider or None, model): _decode(price) for provider, model, price in rows})
+
+
+def _encode(price: Price) -> str:
+    return encode(
+        {
+            "input": money.text(price.input),
+            "output": money.text(price.output),
+            "cache_read": money.text(price.cache_read),
+            "cache_write": money.text(price.cache_write),
+            "request": money.text(price.request),
+        }
+    )
+
+
+def _decode(text: str) -> Price:
+    return Price(**decode(text))
