@@ -12,9 +12,9 @@ import anyio.to_thread
 import msgspec
 
 from ...accounts import Budget, Finding, Hold, HoldRequest, Settlement, UsageQuery, UsageRecord, UsageReport
-from ...errors import InvalidArgument
+from ...errors import InvalidArgument, StorageUnavailable
 from ...policy.budgets import check_request, check_settlement
-from ...types import Caps
+from ...types import Caps, Usage
 from .commit import GroupCommit
 from .connection import Durability, connect
 from .ledger_batch import DUE_AT_ONCE, BatchWriter, Expire, Op, Ping, Record, Release, Renew, Reserve, Result, SetCaps, Settle
@@ -50,7 +50,14 @@ class SQLiteLedger:
         self._readers = Readers(self._connect, "ledger")
 
     def _connect(self) -> sqlite3.Connection:
-        return connect(self._path, durability=self._durability, schema=SCHEMA, busy_timeout=self._timeout)
+        try:
+            return connect(self._path, durability=self._durability, schema=SCHEMA, busy_timeout=self._timeout)
+        except StorageUnavailable as error:
+            if type(error.__cause__) is not sqlite3.DatabaseError:
+                raise
+            raise StorageUnavailable(
+                f"{self._path.name} is damaged or no database ({error.__cause__}): stop the service, then move it away or restore a backup"
+            ) from error
 
     async def __aenter__(self) -> Self:
         try:
@@ -70,14 +77,14 @@ class SQLiteLedger:
         self._readers.close()
 
     async def reserve(self, request: HoldRequest, *, now: float) -> Hold:
-        check_request(request)
-        _check_storable(request)
+        _check_hold(request)
         result = await self._commit.run(Reserve(request, self._prices.dump(request.price), now))
         assert isinstance(result, Hold)
         return result
 
     async def settle(self, hold_id: str, settlement: Settlement, *, now: float) -> UsageRecord | None:
         check_settlement(settlement)
+        _check_numbers(settlement.usage, settlement.latency_ms)
         _check_storable(settlement)
         result = await self._commit.run(Settle(hold_id, settlement, now))
         assert result is None or isinstance(result, UsageRecord)
@@ -92,6 +99,7 @@ class SQLiteLedger:
     async def record(self, record: UsageRecord) -> None:
         if record.cost != 0:
             raise InvalidArgument("a record without a hold costs nothing; what costs is reserved and settled", param="cost")
+        _check_numbers(record.usage, record.latency_ms)
         _check_storable(record)
         await self._commit.run(Record(record, self._prices.dump(record.price)))
 
@@ -126,12 +134,30 @@ def _probe(connection: sqlite3.Connection) -> None:
     connection.execute("SELECT count(*) FROM meta").fetchone()
 
 
-MAX_INTEGER = 2**63 - 1
+MAX_COUNT = 10**15
+"""Of tokens and milliseconds: sums of such numbers stay within 64 bits."""
+
+
+def _check_hold(request: HoldRequest) -> None:
+    """SQLite's JSON functions end a text at a NUL: such a name would be looked up as another one."""
+    check_request(request)
+    if "\0" in request.id or any("\0" in claim.scope for claim in request.scopes):
+        raise InvalidArgument("ids and scopes must not contain a NUL character", param="id")
+    _check_storable(request)
 
 
 def _check_storable(value: object) -> None:
-    """Raises `InvalidArgument` for text that is not Unicode (a lone surrogate) before it reaches the writer and others wait with it."""
+    """Raises `InvalidArgument` for text that is not Unicode (a lone surrogate), before it reaches the writer where others wait."""
     try:
         msgspec.json.encode(value)
     except (UnicodeEncodeError, OverflowError, TypeError) as error:
         raise InvalidArgument(f"the ledger cannot store this: {type(error).__name__}") from None
+
+
+def _check_numbers(usage: Usage | None, *numbers: int | None) -> None:
+    if usage is not None:
+        numbers += (usage.input_tokens, usage.output_tokens, usage.cache_read_input_tokens, usage.cache_creation_input_tokens)
+        numbers += (usage.reasoning_output_tokens,)
+    for number in numbers:
+        if number is not None and not 0 <= number <= MAX_COUNT:
+            raise InvalidArgument(f"tokens and milliseconds are between 0 and {MAX_COUNT}", param="usage")

@@ -180,7 +180,7 @@ class Batch:
         self._entries: list[Row] = []
         self._new_records: list[tuple[UsageRecord, str | None, int]] = []
         self._new_caps: dict[str, Caps] = {}
-        self._expiry_time: float | None = None
+        self._prune_before: float | None = None
         self._pinged = False
 
     def load(self, likely_day: int) -> int:
@@ -204,6 +204,8 @@ class Batch:
         self._load_records(touched.resolving, decode_names(records))
         if due:
             self._expire([facts for facts in decode_holds(due) if facts.id not in touched.resolving], touched.now)
+        if due or touched.expiring:
+            self._prune_before = touched.now - KEEP_EXPIRED
         return int(stored)
 
     def _load_records(self, resolving: Iterable[str], known: list[str]) -> None:
@@ -295,7 +297,6 @@ class Batch:
         self._book(facts, record_of(facts, self._prices.load(facts.price), "released", 0, latency_ms=latency_ms))
 
     def _expire(self, due: Sequence[HoldFacts], now: float) -> None:
-        self._expiry_time = now
         for facts in due:
             facts.expired = True
             self._books.resolve(facts.scopes, facts.periods, held=facts.amount, booked=facts.amount)
@@ -356,8 +357,8 @@ class Batch:
         INSERT_CAPS(connection, [(scope, *caps) for scope, caps in self._new_caps.items()])
         if self._day > self._stored_day:
             connection.execute("UPDATE meta SET value = ? WHERE name = 'day'", (self._day,))
-        if self._expiry_time is not None:
-            connection.execute(PRUNE_HOLDS, (self._expiry_time - KEEP_EXPIRED,))
+        if self._prune_before is not None:
+            connection.execute(PRUNE_HOLDS, (self._prune_before,))
         if self._pinged:
             connection.execute("UPDATE meta SET value = value + 1 WHERE name = 'pings'")
 
@@ -386,7 +387,7 @@ class _Touched:
         reserving: list[str] = []
         records: list[str] = []
         stored_caps: dict[str, None] = {}
-        at_once = False
+        self.expiring = False
         periods: Periods | None = None
         for op in ops:
             match op:
@@ -410,13 +411,13 @@ class _Touched:
                     records.append(op.record.id)
                 case Expire():
                     self.now = max(self.now, op.now)
-                    at_once = True
+                    self.expiring = True
                 case SetCaps() | Ping():
                     pass
         self.parameters = {
             "holds": as_json(reserving + list(self.resolving)),
             "now": self.now,
-            "due": DUE_AT_ONCE if at_once else DUE_IN_PASSING,
+            "due": DUE_AT_ONCE if self.expiring else DUE_IN_PASSING,
             "pairs": as_json(list(self.pairs)),
             "scopes": as_json(list(stored_caps)),
             "records": as_json(reserving + records),

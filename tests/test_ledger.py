@@ -1,0 +1,250 @@
+"""The SQLite ledger against the contract, and what only this backend promises."""
+
+import fcntl
+import os
+import sqlite3
+from collections.abc import AsyncIterator
+from functools import partial
+from pathlib import Path
+
+import anyio
+import pytest
+
+from starlette_aigateway.accounts import GATEWAY_SCOPE, ScopeClaim, UsageQuery
+from starlette_aigateway.errors import ConfigurationError, InvalidArgument, StorageUnavailable
+from starlette_aigateway.stores.sqlite.ledger import SQLiteLedger
+from starlette_aigateway.stores.sqlite.ledger_schema import SCHEMA, Prices
+from starlette_aigateway.stores.sqlite.ledger_usage import UsageReader
+from starlette_aigateway.testing.ledger import (
+    ACME,
+    LEASE,
+    NOON,
+    LedgerContract,
+    assert_clean,
+    cached_record,
+    completed,
+    gather,
+    hold_request,
+    money,
+)
+from starlette_aigateway.types import Caps, Price
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "ledger.db"
+
+
+@pytest.fixture
+async def ledger(path: Path) -> AsyncIterator[SQLiteLedger]:
+    async with SQLiteLedger(path, durability="OFF") as ledger:
+        yield ledger
+
+
+@pytest.fixture
+async def peer(path: Path) -> AsyncIterator[SQLiteLedger]:
+    async with SQLiteLedger(path, durability="OFF") as peer:
+        yield peer
+
+
+class TestSQLiteLedger(LedgerContract):
+    pass
+
+
+async def test_constructing_opens_and_creates_nothing(path: Path) -> None:
+    SQLiteLedger(path)
+    assert list(path.parent.iterdir()) == []
+
+
+async def test_it_opens_at_its_first_use_and_again_after_closing(path: Path) -> None:
+    ledger = SQLiteLedger(path)
+    await ledger.reserve(hold_request("a"), now=NOON)
+    await ledger.aclose()
+    await ledger.settle("use_a", completed(5), now=NOON)
+    assert await money(ledger) == (5, 0)
+    await ledger.aclose()
+
+
+async def test_entering_a_damaged_file_says_what_to_do(path: Path) -> None:
+    path.write_bytes(b"this is no database, " * 100)
+    with pytest.raises(StorageUnavailable, match=r"ledger\.db .*move it away or restore"):
+        async with SQLiteLedger(path):
+            pass
+
+
+async def test_a_file_of_a_newer_release_is_refused(path: Path) -> None:
+    connection = sqlite3.connect(path)
+    connection.execute(f"PRAGMA user_version={len(SCHEMA) + 1}")
+    connection.close()
+    with pytest.raises(ConfigurationError, match="newer release"):
+        async with SQLiteLedger(path):
+            pass
+    with pytest.raises(ConfigurationError, match="newer release"):
+        await SQLiteLedger(path).reserve(hold_request("a"), now=NOON)
+
+
+async def test_a_directory_that_is_missing_is_storage_unavailable(tmp_path: Path) -> None:
+    with pytest.raises(StorageUnavailable):
+        async with SQLiteLedger(tmp_path / "no" / "ledger.db"):
+            pass
+
+
+async def test_text_that_cannot_be_stored_is_refused_and_harms_no_other(ledger: SQLiteLedger) -> None:
+    with pytest.raises(InvalidArgument):
+        await ledger.reserve(hold_request("a", model="\ud800"), now=NOON)
+    with pytest.raises(InvalidArgument):
+        await ledger.reserve(hold_request("a", amount=10**16), now=NOON)
+    with pytest.raises(InvalidArgument):
+        await ledger.reserve(hold_request("a\0b"), now=NOON)
+    with pytest.raises(InvalidArgument):
+        await ledger.reserve(hold_request("a", scopes=[ScopeClaim("principal:alice\0")]), now=NOON)
+    with pytest.raises(InvalidArgument):
+        await ledger.settle("use_a", completed(1, latency_ms=2**63), now=NOON)
+    with pytest.raises(InvalidArgument):
+        await ledger.settle("use_a", completed(-1), now=NOON)
+    with pytest.raises(InvalidArgument):
+        await ledger.record(cached_record("a", cost=1))
+    await assert_clean(ledger)
+
+
+async def test_odd_but_legal_text_comes_back_unchanged(ledger: SQLiteLedger) -> None:
+    name = 'a"b\\c\n\u2028é🙂'
+    await ledger.reserve(
+        hold_request(name, tags={name: name}, model=name, scopes=[ScopeClaim(f"principal:{name}", Caps(day=100))]), now=NOON
+    )
+    record = await ledger.settle(f"use_{name}", completed(5), now=NOON)
+    assert record is not None
+    assert (record.model, record.tags) == (name, {name: name})
+    assert (await ledger.usage(UsageQuery(model=name))).data == [record]
+    await assert_clean(ledger)
+
+
+async def test_expired_holds_come_back_with_their_price(ledger: SQLiteLedger) -> None:
+    price = Price("0.000000001", "1000", cache_read="0.1", cache_write=3, request="0.25")
+    await ledger.reserve(hold_request("a", price=price), now=NOON)
+    await ledger.reserve(hold_request("b", price=None), now=NOON)
+    assert {record.id: record.price for record in await ledger.expire(now=NOON + LEASE)} == {"use_a": price, "use_b": None}
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        UsageQuery(),
+        UsageQuery(principal="alice"),
+        UsageQuery(tenant="acme"),
+        UsageQuery(key_id="key_1"),
+        UsageQuery(model="m1"),
+        UsageQuery(since=NOON),
+        UsageQuery(since=NOON, until=NOON + 1),
+        UsageQuery(principal="alice", since=NOON, until=NOON + 1),
+        UsageQuery(tenant="acme", model="m1", until=NOON),
+    ],
+)
+async def test_no_filter_makes_a_page_scan_or_sort(path: Path, ledger: SQLiteLedger, query: UsageQuery) -> None:
+    sql, values = UsageReader(query, Prices()).page()
+    connection = sqlite3.connect(path)
+    plan = [row[3] for row in connection.execute(f"EXPLAIN QUERY PLAN {sql}", values)]
+    connection.close()
+    assert not any("TEMP B-TREE" in step for step in plan), plan
+    assert query == UsageQuery() or not any(step.startswith("SCAN") for step in plan), plan
+
+
+Corruption = tuple[str, str, str]
+CORRUPTIONS: list[Corruption] = [
+    ("spent", "UPDATE balances SET spent = spent + 1 WHERE scope = 'gateway' AND period = '2026-03'", "I2"),
+    ("held", "UPDATE balances SET held = 0 WHERE scope = 'principal:alice' AND period = ''", "I2"),
+    ("open", "UPDATE balances SET open = open + 1 WHERE scope = 'tenant:acme' AND period = ''", "I2"),
+    ("balance gone", "DELETE FROM balances WHERE scope = 'tenant:acme' AND period = '2026-03-31'", "I2"),
+    ("balance made up", "INSERT INTO balances VALUES ('principal:eve', '', 5, 0, 0)", "I2"),
+    ("hold gone", "DELETE FROM holds WHERE id = 'use_open'", "I3"),
+    ("hold reopened", "UPDATE holds SET expired = 0 WHERE id = 'use_expired'", "I3"),
+    ("hold of another amount", "UPDATE holds SET facts = json_set(facts, '$[12]', 1) WHERE id = 'use_open'", "I2"),
+    ("settled twice", "INSERT INTO entries (hold, kind, at, amount) VALUES ('use_settled', 'settle', 0, 7)", "I3"),
+    ("adjusted without expiry", "INSERT INTO entries (hold, kind, at, amount) VALUES ('use_settled', 'adjust', 0, -7)", "I3"),
+    ("entry gone", "DELETE FROM entries WHERE hold = 'use_settled' AND kind = 'settle'", "I3"),
+    ("unknown kind", "INSERT INTO entries (hold, kind, at, amount) VALUES ('use_settled', 'gift', 0, 7)", "I3"),
+    ("entry changed", "UPDATE entries SET amount = 1 WHERE hold = 'use_settled' AND kind = 'settle'", "I2"),
+    ("grant changed", "UPDATE entries SET amount = 10000 WHERE hold = 'use_open' AND kind = 'hold'", "I1"),
+    ("expiry changed", "UPDATE entries SET amount = 1 WHERE hold = 'use_expired' AND kind = 'expire'", "I2"),
+    ("record gone", "DELETE FROM usage WHERE id = 'use_settled'", "I2"),
+    ("record of another cost", "UPDATE usage SET cost = cost + 1 WHERE id = 'use_late.adjust'", "I2"),
+    ("record of another outcome", "UPDATE usage SET outcome = 'completed' WHERE id = 'use_expired'", "I2"),
+    ("record made up", "UPDATE usage SET outcome = 'completed' WHERE id = 'use_hit'", "I2"),
+    ("a hit that cost", "UPDATE usage SET cost = 9 WHERE id = 'use_hit'", "I2"),
+]
+
+
+async def eventful(ledger: SQLiteLedger) -> None:
+    """Books with something of every kind in them."""
+    scopes = (ScopeClaim("principal:alice", Caps(day=5_000)), ScopeClaim(ACME), ScopeClaim(GATEWAY_SCOPE))
+    for name in ("expired", "late", "settled", "released"):
+        await ledger.reserve(hold_request(name, 100, scopes=scopes), now=NOON)
+    await ledger.settle("use_settled", completed(40), now=NOON)
+    await ledger.release("use_released", now=NOON)
+    await ledger.expire(now=NOON + LEASE)
+    await ledger.settle("use_late", completed(30), now=NOON + LEASE)
+    await ledger.reserve(hold_request("open", 100, scopes=scopes, now=NOON + LEASE), now=NOON + LEASE)
+    await ledger.record(cached_record("hit"))
+
+
+async def test_check_is_clean_over_books_with_everything_in_them(ledger: SQLiteLedger) -> None:
+    await eventful(ledger)
+    await assert_clean(ledger)
+
+
+@pytest.mark.parametrize(("sql", "invariant"), [row[1:] for row in CORRUPTIONS], ids=[row[0] for row in CORRUPTIONS])
+async def test_check_finds(path: Path, ledger: SQLiteLedger, sql: str, invariant: str) -> None:
+    await eventful(ledger)
+    connection = sqlite3.connect(path)
+    with connection:
+        assert connection.execute(sql).rowcount == 1
+    connection.close()
+    assert invariant in {finding.invariant for finding in await ledger.check()}
+
+
+async def test_check_is_safe_while_others_write(ledger: SQLiteLedger) -> None:
+    async with anyio.create_task_group() as group:
+        for number in range(200):
+            group.start_soon(reserve_and_settle, ledger, number)
+        for _ in range(10):
+            await assert_clean(ledger)
+    await assert_clean(ledger)
+
+
+async def reserve_and_settle(ledger: SQLiteLedger, number: int) -> None:
+    await ledger.reserve(hold_request(str(number), 100), now=NOON)
+    await ledger.settle(f"use_{number}", completed(60), now=NOON)
+
+
+async def test_a_call_that_is_cancelled_while_it_waits_is_still_in_the_books(ledger: SQLiteLedger) -> None:
+    with anyio.CancelScope() as scope:
+        scope.cancel()
+        await ledger.reserve(hold_request("a", 100), now=NOON)
+    await ledger.ping()
+    assert await money(ledger) == (0, 100)
+    await ledger.release("use_a", now=NOON)
+    await assert_clean(ledger)
+
+
+async def test_a_full_lock_wait_is_storage_unavailable_and_then_recovers(path: Path, ledger: SQLiteLedger) -> None:
+    impatient = SQLiteLedger(path, timeout=0.05)
+    descriptor = os.open(path.with_name("ledger.db.lock"), os.O_RDWR | os.O_CREAT)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    with pytest.raises(StorageUnavailable) as caught:
+        await impatient.reserve(hold_request("a"), now=NOON)
+    assert caught.value.retry_after is not None
+    os.close(descriptor)
+    await impatient.reserve(hold_request("a"), now=NOON)
+    await impatient.aclose()
+    assert await money(ledger) == (0, 100)
+
+
+async def test_records_of_one_millisecond_all_have_their_place(ledger: SQLiteLedger) -> None:
+    await gather([partial(ledger.reserve, hold_request(str(number), 1), now=NOON) for number in range(500)])
+    async with anyio.create_task_group() as group:
+        for number in range(500):
+            group.start_soon(partial(ledger.settle, f"use_{number}", completed(1), now=NOON))
+    assert (await ledger.usage(UsageQuery(limit=1000))).totals.calls == 500
+    await assert_clean(ledger)
