@@ -8,7 +8,7 @@ is the running total after it. Whether a hit fits, and how long it has to wait, 
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import TypeAlias
 
 import msgspec
@@ -43,7 +43,7 @@ CREATE TABLE hits (
 """`total`, `past` and `mark` are the fields of `Moving`, of `Sliding` or of `Fixed`; times are Unix microseconds."""
 
 LOAD = """
-SELECT json_group_array(json_array(w.key, w.form, w.seconds, w.total, CASE w.form WHEN 'moving' THEN coalesce((
+SELECT json_group_array(json_array(j.key, w.total, CASE w.form WHEN 'moving' THEN coalesce((
     SELECT h.cum - h.amount FROM hits h
     WHERE h.key = w.key AND h.seconds = w.seconds AND h.cum > w.past AND h.at > :now - w.seconds * 1000000
     ORDER BY h.cum LIMIT 1), w.total) ELSE w.past END, w.mark))
@@ -90,6 +90,7 @@ Row: TypeAlias = "tuple[str, Form, int, int, int, int]"
 Need: TypeAlias = "tuple[str, int, int]"
 """The moment of the first hit of a moving window (key, seconds) at which its running total reached the third."""
 
+_states = msgspec.json.Decoder(list[tuple[int, int, int, int]])
 _rows = msgspec.json.Decoder(list[tuple[str, Form, int, int, int, int]])
 _moments = msgspec.json.Decoder(list[int])
 
@@ -97,7 +98,7 @@ _moments = msgspec.json.Decoder(list[int])
 class Book:
     """The windows that a batch touches, as they are at `now` (Unix microseconds)."""
 
-    def __init__(self, connection: sqlite3.Connection, windows: Iterable[Window], now: int) -> None:
+    def __init__(self, connection: sqlite3.Connection, windows: Sequence[Window], now: int) -> None:
         self.now = now
         self._connection = connection
         self._moving: dict[Window, Moving] = {}
@@ -161,13 +162,13 @@ class Book:
             return ()
         return _moments.decode(self._connection.execute(MOMENTS, {"needs": _text(needs)}).fetchone()[0])
 
-    def _load(self, windows: Iterable[Window]) -> None:
-        found = self._connection.execute(LOAD, {"windows": _text(list(windows)), "now": self.now}).fetchone()[0]
-        for key, form, seconds, *state in _rows.decode(found):
-            window = Window(key, form, seconds)
-            if form == "moving":
+    def _load(self, windows: Sequence[Window]) -> None:
+        found = self._connection.execute(LOAD, {"windows": _text(windows), "now": self.now}).fetchone()[0]
+        for position, *state in _states.decode(found):
+            window = windows[position]
+            if window.form == "moving":
                 self._moving[window] = self._mended(window, Moving(*state))
-            elif form == "sliding":
+            elif window.form == "sliding":
                 self._sliding[window] = counter = Sliding(*state).at(self.now, window.span)
                 if counter.bucket < state[2]:  # the clock was stepped back
                     self._changed.add(window)
@@ -210,9 +211,8 @@ class Sweeper:
         found = connection.execute(WALK, {**self._place._asdict(), "count": count}).fetchone()[0]
         rows = _rows.decode(found)
         self._place = Window(*rows[-1][:3]) if len(rows) == count else self.START
-        stale_hits = [
-            (key, seconds, total if idle_at <= now else past) for key, form, seconds, total, past, idle_at in rows if form == "moving"
-        ]
+        upto = [(key, seconds, total if idle_at <= now else past) for key, form, seconds, total, past, idle_at in rows if form == "moving"]
+        stale_hits = [place for place in upto if place[2]]
         if stale_hits:
             connection.execute(DROP_HITS, {"upto": _text(stale_hits), "most": SWEEP_HITS})
         idle = [(key, form, seconds) for key, form, seconds, _, _, idle_at in rows if idle_at <= now]

@@ -266,7 +266,8 @@ class SQLiteWindowStorage(Storage, MovingWindowSupport, SlidingWindowCounterSupp
 
     async def incr(self, key: str, expiry: int, amount: int = 1) -> int:
         """Counts `amount` in the fixed window of `key`, which ends `expiry` seconds after its first hit; gives the count."""
-        (count,) = await self._figures(Increment(_fixed(key), _amount(amount), expiry * MICROSECONDS))
+        _checked(Demand(Window(key, "fixed", expiry), 0, amount))
+        (count,) = await self._figures(Increment(_fixed(key), amount, expiry * MICROSECONDS))
         return int(count)
 
     async def get(self, key: str) -> int:
@@ -295,7 +296,7 @@ class SQLiteWindowStorage(Storage, MovingWindowSupport, SlidingWindowCounterSupp
 
     async def acquire_entry(self, key: str, limit: int, expiry: int, amount: int = 1) -> bool:
         """Lets `amount` into the exact window of `key`, if at most `limit` are in it then."""
-        return await self._acquire(Demand(_window(key, "moving", expiry), limit, _amount(amount)))
+        return await self._acquire(Demand(Window(key, "moving", expiry), limit, amount))
 
     async def get_moving_window(self, key: str, limit: int, expiry: int) -> tuple[float, int]:
         """When the oldest that still counts came in (Unix seconds, now if there is none), and how many count."""
@@ -304,7 +305,7 @@ class SQLiteWindowStorage(Storage, MovingWindowSupport, SlidingWindowCounterSupp
 
     async def acquire_sliding_window_entry(self, key: str, limit: int, expiry: int, amount: int = 1) -> bool:
         """Counts `amount` in the sliding counter of `key`, if the weighted count is at most `limit` then."""
-        return await self._acquire(Demand(_window(key, "sliding", expiry), limit, _amount(amount)))
+        return await self._acquire(Demand(Window(key, "sliding", expiry), limit, amount))
 
     async def get_sliding_window(self, key: str, expiry: int) -> tuple[int, float, int, float]:
         """Count and remaining seconds of the previous bucket, then of the current one (which counts for two spans)."""
@@ -315,7 +316,7 @@ class SQLiteWindowStorage(Storage, MovingWindowSupport, SlidingWindowCounterSupp
         await self._commit.run(Erase(key, expiry))
 
     async def _acquire(self, demand: Demand) -> bool:
-        return (await self._judge(Acquire((demand,)))).blocked is None
+        return (await self._judge(Acquire((_checked(demand),)))).blocked is None
 
     async def _judge(self, op: Acquire | Peek) -> Verdict:
         verdict = await self._commit.run(op)
@@ -338,7 +339,7 @@ class SQLiteWindowStorage(Storage, MovingWindowSupport, SlidingWindowCounterSupp
         return results
 
     def _apply_to_book(self, connection: sqlite3.Connection, ops: Sequence[BookOp], now: int) -> Sequence[Verdict | Figures]:
-        windows = {window for op in ops for window in op.windows}
+        windows = list({window for op in ops for window in op.windows})
         book = Book(connection, windows, now)
         outcomes = [op.apply(book) for op in ops]
         book.save()
@@ -391,11 +392,18 @@ def _path_of(uri: str | None, path: Path | str | None) -> Path:
 
 
 def _window(key: str, form: Form, seconds: int) -> Window:
+    return _checked(Demand(Window(key, form, seconds), 0, 0)).window
+
+
+def _checked(demand: Demand) -> Demand:
+    (key, _, seconds), _, amount = demand
     if not key.isprintable():
         raise InvalidArgument("the key of a window has to be printable", param="key")
     if not 1 <= seconds <= LONGEST_SECONDS:
         raise InvalidArgument(f"a window has to be 1 to {LONGEST_SECONDS} seconds long", param="seconds")
-    return Window(key, form, seconds)
+    if not 0 <= amount <= MAX_WINDOW:
+        raise InvalidArgument(f"an amount has to be between 0 and {MAX_WINDOW}", param="amount")
+    return demand
 
 
 def _fixed(key: str) -> Window:
@@ -403,17 +411,8 @@ def _fixed(key: str) -> Window:
     return _window(key, "fixed", 1)
 
 
-def _amount(amount: int) -> int:
-    if not 0 <= amount <= MAX_WINDOW:
-        raise InvalidArgument(f"an amount has to be between 0 and {MAX_WINDOW}", param="amount")
-    return amount
-
-
 def _demands(claims: Sequence[WindowClaim]) -> Sequence[Demand]:
-    demands = [demand_of(claim) for claim in claims]
-    for window, _, amount in demands:
-        _window(*window)
-        _amount(amount)
+    demands = [_checked(demand_of(claim)) for claim in claims]
     if len({window for window, _, _ in demands}) != len(demands):
         raise InvalidArgument("two claims name the same window", param="claims")
     return demands
