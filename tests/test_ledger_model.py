@@ -1,0 +1,213 @@
+"""The SQLite ledger against a naive model that recomputes every figure from a list of holds; Hypothesis makes up the history."""
+
+import tempfile
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from anyio.from_thread import BlockingPortal, start_blocking_portal
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from starlette_aigateway.accounts import GATEWAY_SCOPE, HoldRequest, ScopeClaim
+from starlette_aigateway.errors import AIGatewayError, SpendCapExceeded, SpendCapHeld, TooManyParallelRequests
+from starlette_aigateway.policy.budgets import Periods, day_number, periods_of
+from starlette_aigateway.stores.sqlite.ledger import SQLiteLedger
+from starlette_aigateway.testing.ledger import ACME, NOON, completed, hold_request
+from starlette_aigateway.types import NO_CAPS, Caps
+
+PRINCIPALS = ("principal:alice", "principal:bob")
+SCOPES = (*PRINCIPALS, ACME, GATEWAY_SCOPE)
+amounts = st.integers(0, 120)
+all_caps = st.builds(Caps, *[st.none() | st.integers(0, 400)] * 3)
+names = st.integers(0, 40)
+
+
+@dataclass
+class Held:
+    request: HoldRequest
+    amount: int
+    day: int
+    expires_at: float
+    state: str = "open"
+    booked: int = 0
+
+    @property
+    def periods(self) -> Periods:
+        return periods_of(self.day)
+
+    def counts_in(self, scope: str, period: str) -> bool:
+        return period in self.periods and any(claim.scope == scope for claim in self.request.scopes)
+
+
+class Model:
+    def __init__(self) -> None:
+        self.holds: dict[str, Held] = {}
+        self.caps: dict[str, Caps] = {}
+        self.latest_day = 0
+
+    def spent(self, scope: str, period: str) -> int:
+        return sum(hold.booked for hold in self.holds.values() if hold.counts_in(scope, period))
+
+    def held(self, scope: str, period: str) -> int:
+        return sum(hold.amount for hold in self.holds.values() if hold.state == "open" and hold.counts_in(scope, period))
+
+    def open(self, scope: str) -> int:
+        return sum(hold.state == "open" and hold.counts_in(scope, "") for hold in self.holds.values())
+
+    def expire(self, now: float, *, but: set[str]) -> set[str]:
+        due = {name for name, hold in self.holds.items() if hold.state == "open" and hold.expires_at <= now} - but
+        for name in due:
+            self.holds[name].state, self.holds[name].booked = "expired", self.holds[name].amount
+        return due
+
+    def resolve(self, name: str, amount: int) -> bool:
+        hold = self.holds.get(name)
+        if hold is None or hold.state == "resolved":
+            return False
+        hold.state, hold.booked = "resolved", amount
+        return True
+
+    def reserve(self, request: HoldRequest, now: float) -> int | type[AIGatewayError]:
+        self.expire(now, but={request.replaces or ""})
+        if request.id in self.holds:
+            return self.holds[request.id].amount
+        if request.replaces is not None:
+            self.resolve(request.replaces, 0)
+        day = max(self.latest_day, day_number(now))
+        verdict = self.verdict(request, periods_of(day))
+        if isinstance(verdict, int):
+            self.latest_day = day
+            self.holds[request.id] = Held(request, verdict, day, request.expires_at)
+        return verdict
+
+    def verdict(self, request: HoldRequest, periods: Periods) -> int | type[AIGatewayError]:
+        rooms, final, held = [request.wanted], False, False
+        for claim in request.scopes:
+            caps = self.caps.get(claim.scope, NO_CAPS) if claim.caps is None else claim.caps
+            for period, cap in zip(periods, caps, strict=True):
+                if cap is not None:
+                    spent = self.spent(claim.scope, period)
+                    room = cap - spent - self.held(claim.scope, period)
+                    rooms.append(room)
+                    held |= room < request.admission
+                    final |= spent + request.admission > cap
+        if final:
+            return SpendCapExceeded
+        if any(claim.max_parallel is not None and self.open(claim.scope) >= claim.max_parallel for claim in request.scopes):
+            return TooManyParallelRequests
+        return SpendCapHeld if held else min(rooms)
+
+
+class LedgerMachine(RuleBasedStateMachine):
+    """Names are drawn from a small range, so that most operations meet a hold that others met before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stack = ExitStack()
+        self.portal: BlockingPortal = self.stack.enter_context(start_blocking_portal())
+        self.directory = Path(self.stack.enter_context(tempfile.TemporaryDirectory()))
+        self.model = Model()
+        self.now = NOON
+
+    @initialize()
+    def open(self) -> None:
+        self.ledgers = [SQLiteLedger(self.directory / "ledger.db", durability="OFF") for _ in range(2)]
+        for ledger in self.ledgers:
+            self.stack.enter_context(self.portal.wrap_async_context_manager(ledger))
+
+    def teardown(self) -> None:
+        self.stack.close()
+
+    @rule(
+        name=names,
+        which=st.integers(0, 1),
+        claims=st.tuples(all_caps | st.none(), st.none() | st.integers(1, 4), st.none() | all_caps, st.sampled_from(PRINCIPALS)),
+        money=st.tuples(amounts, amounts, amounts).map(sorted),
+        lease=st.floats(0, 100_000),
+        replaces=st.none() | names,
+    )
+    def reserve(
+        self,
+        name: int,
+        which: int,
+        claims: tuple[Caps | None, int | None, Caps | None, str],
+        money: list[int],
+        lease: float,
+        replaces: int | None,
+    ) -> None:
+        caps, max_parallel, shared, principal = claims
+        request = hold_request(
+            str(name),
+            minimum=money[0],
+            admission=money[1],
+            wanted=money[2],
+            scopes=(ScopeClaim(principal, caps, max_parallel), ScopeClaim(ACME), ScopeClaim(GATEWAY_SCOPE, shared)),
+            expires_at=self.now + lease,
+            replaces=None if replaces in (None, name) else f"use_{replaces}",
+        )
+        expected = self.model.reserve(request, self.now)
+        try:
+            got: int | type[AIGatewayError] = self.portal.call(partial(self.ledgers[which].reserve, request, now=self.now)).amount
+        except AIGatewayError as error:
+            got = type(error)
+        assert got == expected
+
+    @rule(name=names, which=st.integers(0, 1), amount=amounts)
+    def settle(self, name: int, which: int, amount: int) -> None:
+        known, was = f"use_{name}" in self.model.holds, self.model.holds.get(f"use_{name}")
+        late = was is not None and was.state == "expired"
+        changed = self.model.resolve(f"use_{name}", amount)
+        record = self.portal.call(partial(self.ledgers[which].settle, f"use_{name}", completed(amount), now=self.now))
+        assert (record is not None) == known
+        if record is not None and was is not None and changed:
+            assert record.cost == (amount - was.amount if late else amount)
+
+    @rule(name=names, which=st.integers(0, 1))
+    def release(self, name: int, which: int) -> None:
+        self.model.resolve(f"use_{name}", 0)
+        self.portal.call(partial(self.ledgers[which].release, f"use_{name}", now=self.now))
+
+    @rule(name=names, lease=st.floats(0, 100_000))
+    def renew(self, name: int, lease: float) -> None:
+        hold = self.model.holds.get(f"use_{name}")
+        is_open = hold is not None and hold.state == "open"
+        if hold is not None and is_open:
+            hold.expires_at = self.now + lease
+        assert self.portal.call(partial(self.ledgers[0].renew, f"use_{name}", self.now + lease, now=self.now)) == is_open
+
+    @rule()
+    def expire(self) -> None:
+        due = self.model.expire(self.now, but=set())
+        assert {record.id for record in self.portal.call(partial(self.ledgers[0].expire, now=self.now))} == due
+
+    @rule(scope=st.sampled_from((ACME, GATEWAY_SCOPE)), caps=all_caps)
+    def set_caps(self, scope: str, caps: Caps) -> None:
+        self.model.caps[scope] = caps
+        self.portal.call(self.ledgers[1].set_caps, scope, caps)
+
+    @rule(step=st.floats(-90_000, 90_000))
+    def step_the_clock(self, step: float) -> None:
+        self.now = min(max(self.now + step, NOON - 200_000), NOON + 400_000)
+
+    @invariant()
+    def the_budgets_are_the_models(self) -> None:
+        if not hasattr(self, "ledgers"):
+            return
+        for budget in self.portal.call(partial(self.ledgers[0].budgets, dict.fromkeys(SCOPES), now=self.now)):
+            assert budget.period in periods_of(max(self.model.latest_day, day_number(self.now)))
+            assert (budget.spent, budget.held) == (
+                self.model.spent(budget.scope, budget.period),
+                self.model.held(budget.scope, budget.period),
+            )
+
+    @invariant()
+    def the_audit_finds_nothing(self) -> None:
+        if hasattr(self, "ledgers"):
+            assert self.portal.call(self.ledgers[0].check) == []
+
+
+TestLedgerMachine = LedgerMachine.TestCase
+TestLedgerMachine.settings = settings(max_examples=20, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck))
