@@ -1,0 +1,441 @@
+"""The files of the response cache, as one process has them open: one SELECT for a read, one thread for everything that writes.
+
+Whoever can write to `cache.db` can poison it, but runs no code and reaches no other file: rows are bytes or they are nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import sqlite3
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from contextlib import suppress
+from pathlib import Path
+from struct import Struct, error
+from typing import NamedTuple, NoReturn, TypeAlias
+
+from diskcache import Cache, Disk, Timeout
+from diskcache.core import DBNAME, MODE_RAW, UNKNOWN
+
+from .protocols import Clock
+
+READ_TIMEOUT = 0.05
+"""Seconds that a read may wait for the file, on the event loop. In WAL mode a reader waits for nothing but a recovery."""
+
+WRITE_TIMEOUT = 2.0
+CLOSE_TIMEOUT = 10.0
+RETRY_AFTER = 5.0
+"""Seconds until a cache that could not be opened is tried again."""
+
+MAX_BATCH = 128
+MAX_PENDING_BYTES = 64 * 2**20
+KEPT_CORRUPT = 3
+NO_FILES = 2**62
+"""A `min_file_size` that no value reaches."""
+
+DAMAGED = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR})
+"""`SQLITE_ERROR` is a statement that does not fit the schema: somebody else's file."""
+
+EXPIRY = Struct(">d")
+"""In front of every value on disk: when it expires, by the gateway's clock."""
+
+Generation: TypeAlias = tuple[int, int, int] | None
+"""Another one after each purge; None while there are no files."""
+
+Failed: TypeAlias = Callable[[str, Exception], None]
+"""Told what could not be done, and why."""
+
+
+class BytesDisk(Disk):  # type: ignore[misc]  # diskcache ships no types
+    """A `Disk` that takes and gives bytes only, in the row itself.
+
+    The stock one unpickles what a row tells it to, and opens and removes the files that a row names: whoever can write to `cache.db` runs
+    code in every worker (CVE-2025-69872; `JSONDisk` is no better). Here such rows raise `ValueError`, and no file is ever touched.
+    """
+
+    def put(self, key: object) -> tuple[str, bool]:
+        if type(key) is not str:
+            raise ValueError("a key must be a string")
+        return key, True
+
+    def get(self, key: object, raw: object) -> str:
+        if not raw or type(key) is not str:
+            raise ValueError("a row's key is not a string")
+        return key
+
+    def store(self, value: object, read: bool, key: object = UNKNOWN) -> tuple[int, int, None, bytes]:
+        if read or type(value) is not bytes:
+            raise ValueError("a value must be bytes")
+        return 0, MODE_RAW, None, value
+
+    def fetch(self, mode: int, filename: str | None, value: object, read: bool) -> bytes:
+        if read or mode != MODE_RAW or filename is not None or type(value) is not bytes:
+            raise ValueError("a row's value is not bytes")
+        return value
+
+    def filename(self, key: object = UNKNOWN, value: object = UNKNOWN) -> NoReturn:
+        raise ValueError("values are never kept in files")
+
+    def remove(self, file_path: str) -> None:
+        """Nothing: a row that names a file was planted, and the file is somebody else's."""
+
+
+class OneConnection(Cache):  # type: ignore[misc]  # diskcache ships no types
+    """A diskcache with one connection, whichever thread asks, so that `close` closes it. Not for two threads at a time.
+
+    The stock class has one for each thread, which no other thread can close. Should a later diskcache know no `_con`, it goes back to
+    that.
+    """
+
+    _connection: sqlite3.Connection | None = None
+
+    def __init__(self, directory: Path, *, timeout: float, size_limit: int) -> None:
+        try:
+            super().__init__(
+                str(directory),
+                timeout=timeout,
+                disk=BytesDisk,
+                size_limit=size_limit,
+                eviction_policy="least-recently-stored",
+                cull_limit=0,  # the thread culls after each batch: within one, the file has not shrunk yet
+                statistics=0,
+                tag_index=0,
+                disk_min_file_size=NO_FILES,
+                disk_pickle_protocol=0,
+                sqlite_mmap_size=0,  # a file that another process damages must be an error, not a SIGBUS
+            )
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def _con(self) -> sqlite3.Connection:
+        if self._connection is None:
+            path = Path(self.directory, DBNAME)
+            patience = self.timeout or WRITE_TIMEOUT  # 0 while diskcache sets up the tables, where it retries some statements only
+            self._connection = sqlite3.connect(path, timeout=patience, isolation_level=None, check_same_thread=False)
+            self._connection.execute("PRAGMA trusted_schema=OFF")  # planted triggers and views call no function with side effects
+            self._connection.execute("PRAGMA synchronous=NORMAL")
+            self._connection.execute("PRAGMA journal_size_limit=16777216")
+        return self._connection
+
+    def close(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.close()
+
+
+class Entry(NamedTuple):
+    """An answer that is good until `expires_at`, and no longer than no other `generation` has begun."""
+
+    expires_at: float
+    value: bytes
+    generation: Generation
+
+
+class Put(NamedTuple):
+    key: str
+    entry: Entry
+    ttl: float
+
+
+class Forget(NamedTuple):
+    key: str
+
+
+class Ask(NamedTuple):
+    """Work to be done after everything before it, whose result somebody waits for."""
+
+    work: Callable[[], int]
+    done: Future[int]
+
+
+Task: TypeAlias = Put | Forget | Ask
+Tasks: TypeAlias = queue.SimpleQueue[Task | None]
+
+
+class CacheFiles:
+    """`cache.db` and the file `purges`, whose length counts the purges. Nothing is opened before the first task.
+
+    Everything that fails is told to `failed`, and is a miss or a write that does not happen. `read`, `write` and `generation` are for
+    event loops and do not wait; `open`, `purge` are carried out on the thread, by `ask`.
+    """
+
+    def __init__(self, directory: Path, *, size_limit: int, clock: Clock, failed: Failed) -> None:
+        self._directory = directory
+        self._path = directory / DBNAME
+        self._purges = directory / "purges"
+        self._size_limit = size_limit
+        self._clock = clock
+        self._failed = failed
+        self._tasks: Tasks = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self._closed = False
+        self._queueing = threading.Lock()
+        self._pending: dict[str, Put] = {}
+        self._pending_bytes = 0
+        self._reading = threading.Lock()
+        self._reader: OneConnection | None = None
+        self._writer: OneConnection | None = None
+        self._identity: tuple[int, int] | None = None
+        self._retry_at = float("-inf")
+        self.tried = False
+        """Whether the files were opened, or could not be."""
+
+    def generation(self) -> Generation:
+        """What an entry is compared with at every read: so no worker answers from its memory what another one purged."""
+        try:
+            facts = os.stat(self._purges)  # noqa: PTH116  # half the time of Path.stat, on the hot path
+        except OSError:
+            return None
+        return facts.st_ino, facts.st_size, facts.st_ctime_ns
+
+    def read(self, key: str, generation: Generation) -> Entry | None:
+        """What waits to be written, else what is in the file."""
+        waiting = self._pending.get(key)
+        if waiting is not None and waiting.entry.generation in (None, generation):
+            return waiting.entry
+        if self._reader is None:
+            return None
+        try:
+            with self._reading:
+                packed = None if self._reader is None else self._reader.get(key)
+            if packed is None:
+                return None
+            (expires_at,) = EXPIRY.unpack_from(packed)
+        except (ValueError, error):  # a row that is not ours
+            self._submit(Forget(key))
+        except Exception as failure:  # noqa: BLE001  # whatever diskcache meets in a damaged file is a miss
+            self._failed("read", failure)
+            if damaged(failure):
+                self.ask(self._rebuild)
+        else:
+            return Entry(expires_at, packed[EXPIRY.size :], generation)
+        return None
+
+    def write(self, key: str, entry: Entry, ttl: float) -> None:
+        """Queues a write, which `read` sees at once. With 64 MiB of writes in the queue, it does not happen."""
+        task = Put(key, entry, ttl)
+        with self._queueing:
+            if self._pending_bytes + len(entry.value) > MAX_PENDING_BYTES:
+                return
+            replaced = self._pending.get(key)
+            self._pending[key] = task
+            self._pending_bytes += len(entry.value) - (0 if replaced is None else len(replaced.entry.value))
+        self._submit(task)
+
+    def ask(self, work: Callable[[], int]) -> Future[int]:
+        """`work` on the thread, after everything that was queued before. A failure is told, and its result is 0."""
+        done: Future[int] = Future()
+        if not self._submit(Ask(work, done)):
+            done.set_result(0)
+        return done
+
+    def check(self) -> None:
+        """The files may be other ones by now: another worker set them aside, or somebody removed the directory."""
+        if self._identity is not None and self._identity != identity(self._path):
+            self.ask(self.open)
+
+    def close(self) -> None:
+        """Writes what is queued, ends the thread and closes the files, for good."""
+        with self._queueing:
+            self._closed = True
+        if self._thread is not None:
+            self._tasks.put(None)
+            self._thread.join(CLOSE_TIMEOUT)
+            if self._thread.is_alive():  # it waits for a lock; it closes them itself
+                return
+        self._close_files()
+
+    def open(self) -> int:
+        """Opens what is closed, and anew what is not the file at the path any more. 1 if the files are open."""
+        if self._writer is not None and self._identity != identity(self._path):
+            self._close_files()
+        if self._writer is None and self._clock() >= self._retry_at:
+            self.tried = True
+            self._retry_at = self._clock() + RETRY_AFTER
+            before = identity(self._path)
+            try:
+                self._open_files()
+            except Exception as failure:  # noqa: BLE001  # a cache that cannot be opened is an empty cache
+                self._failed("open", failure)
+                self._close_files()
+                if not damaged(failure) and not isinstance(failure, sqlite3.ProgrammingError):  # a setting in the file that is no SQL
+                    return 0
+                if identity(self._path) == before:
+                    self._set_aside()
+                self._open_files()
+            self._retry_at = float("-inf")
+        return int(self._writer is not None)
+
+    def purge(self) -> int:
+        """Removes every row and says how many. A new generation begins before it, which ends the writes that were queued elsewhere, and one
+        after it, which ends what was read meanwhile."""
+        opened = self.open()
+        self._begin_generation()
+        try:
+            count = int(self._writer.clear()) if opened and self._writer is not None else 0
+        except Exception as failure:  # noqa: BLE001  # what cannot be emptied is replaced
+            self._failed("purge", failure)
+            count = opened = 0
+        if not opened:
+            self._set_aside()
+        for number in range(1, KEPT_CORRUPT + 1):
+            for suffix in SUFFIXES:
+                self._aside(number, suffix).unlink(missing_ok=True)
+        self._begin_generation()
+        return count
+
+    def _submit(self, task: Task) -> bool:
+        with self._queueing:
+            if self._closed:
+                return False
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._work, name="aigateway-cache", daemon=True)
+                self._thread.start()
+            self._tasks.put(task)
+            return True
+
+    def _work(self) -> None:
+        last = False
+        while not last:
+            batch, last = take(self._tasks)
+            writes = [task for task in batch if not isinstance(task, Ask)]
+            if writes:
+                self._write(writes)
+            for task in batch:
+                if isinstance(task, Ask):
+                    task.done.set_result(self._carry_out(task.work))
+        self._close_files()
+
+    def _carry_out(self, work: Callable[[], int]) -> int:
+        try:
+            return work()
+        except Exception as failure:  # noqa: BLE001  # the thread must outlive any fault, and somebody waits
+            self._failed("use", failure)
+            return 0
+
+    def _write(self, tasks: Sequence[Put | Forget]) -> None:
+        try:
+            if self.open() and self._writer is not None:
+                with self._writer.transact():
+                    generation = self.generation()
+                    for task in tasks:
+                        apply(self._writer, task, generation)
+                self._writer.cull()
+        except Exception as failure:  # noqa: BLE001  # a write that fails is an answer that is not kept
+            self._failed("write", failure)
+            if damaged(failure):
+                self._carry_out(self._rebuild)
+        finally:
+            self._written(tasks)
+
+    def _written(self, tasks: Sequence[Put | Forget]) -> None:
+        with self._queueing:
+            for task in tasks:
+                if isinstance(task, Put) and self._pending.get(task.key) is task:
+                    del self._pending[task.key]
+                    self._pending_bytes -= len(task.entry.value)
+
+    def _open_files(self) -> None:
+        self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if self._directory.stat().st_mode & 0o077:
+            self._directory.chmod(0o700)
+        create(self._path)
+        self._writer = OneConnection(self._directory, timeout=WRITE_TIMEOUT, size_limit=self._size_limit)
+        self._identity = identity(self._path)
+        reader = OneConnection(self._directory, timeout=READ_TIMEOUT, size_limit=self._size_limit)
+        create(self._purges)
+        self._reader = reader
+
+    def _close_files(self) -> None:
+        with self._reading:
+            reader, self._reader = self._reader, None
+            if reader is not None:
+                reader.close()
+        writer, self._writer, self._identity = self._writer, None, None
+        if writer is not None:
+            writer.close()
+
+    def _rebuild(self) -> int:
+        if self._identity is not None and self._identity == identity(self._path):
+            self._set_aside()
+        return self.open()
+
+    def _set_aside(self) -> None:
+        """Renames the database, so that the next `open` makes a new one. Its log goes with it: a new file must not meet an old log."""
+        self._close_files()
+        number = next((n for n in range(1, KEPT_CORRUPT) if not self._aside(n).exists()), KEPT_CORRUPT)
+        for suffix in SUFFIXES:
+            old = Path(f"{self._path}{suffix}")
+            if old.exists():
+                old.replace(self._aside(number, suffix))
+        self._begin_generation()
+
+    def _aside(self, number: int, suffix: str = "") -> Path:
+        return Path(f"{self._path}.corrupt-{number}{suffix}")
+
+    def _begin_generation(self) -> None:
+        with self._purges.open("ab") as purges:
+            purges.write(b".")
+
+
+SUFFIXES = ("-wal", "-shm", "")
+"""The files of a database, itself at last."""
+
+
+def apply(writer: OneConnection, task: Put | Forget, generation: Generation) -> None:
+    """One write within a transaction. A purge between `write` and now has made the entry void."""
+    if isinstance(task, Forget):
+        writer.delete(task.key)
+    elif task.entry.generation in (None, generation):
+        writer.set(task.key, EXPIRY.pack(task.entry.expires_at) + task.entry.value, expire=task.ttl)
+
+
+def take(tasks: Tasks) -> tuple[list[Task], bool]:
+    """Everything that waits, at least one task and up to the first `Ask`; and whether they are the last."""
+    batch: list[Task] = []
+    task = tasks.get()
+    while task is not None:
+        batch.append(task)
+        if isinstance(task, Ask) or len(batch) >= MAX_BATCH:
+            return batch, False
+        try:
+            task = tasks.get_nowait()
+        except queue.Empty:
+            return batch, False
+    return batch, True
+
+
+def create(path: Path) -> None:
+    """Makes an empty file for this user only. One that exists is not even opened: it keeps its times, by which generations are told
+    apart, and SQLite its locks, which this process would lose with any other descriptor (https://sqlite.org/howtocorrupt.html)."""
+    with suppress(FileExistsError):
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600))
+
+
+def identity(path: Path) -> tuple[int, int] | None:
+    try:
+        facts = path.stat()
+    except OSError:
+        return None
+    return facts.st_dev, facts.st_ino
+
+
+def damaged(failure: Exception) -> bool:
+    """Whether the file's contents are at fault, not its surroundings (a lock, the disk, a permission)."""
+    if isinstance(failure, sqlite3.Error):
+        code = getattr(failure, "sqlite_errorcode", None)
+        return isinstance(code, int) and code & 0xFF in DAMAGED
+    return not isinstance(failure, OSError | Timeout | MemoryError)
+
+
+def reason(failure: Exception) -> str:
+    """What went wrong, in SQLite's and the system's own words, which name no key and no value."""
+    if isinstance(failure, sqlite3.Error):
+        return str(failure)
+    if isinstance(failure, OSError):
+        return failure.strerror or "no reason given"
+    return "the file is locked" if isinstance(failure, Timeout) else "the file's contents are not ours"
