@@ -1,0 +1,127 @@
+"""Published prices, offline, from the optional package `genai-prices`: for models that the host did not price itself."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from datetime import UTC, datetime
+from decimal import ROUND_CEILING, Decimal
+from importlib.util import find_spec
+from threading import Lock
+from typing import TYPE_CHECKING
+
+from .errors import ConfigurationError, InvalidArgument
+from .protocols import Clock
+from .types import Price
+
+if TYPE_CHECKING:
+    from genai_prices.types import ModelInfo, ModelPrice, Provider
+
+EXTRA = "prices"
+REMEMBERED = 4096
+NANO = Decimal("1e-9")
+
+
+class PublicPrices:
+    """`PublicPrices()(provider, upstream)` is the published price of a provider's model, or None where none is known.
+
+    A `Price` has one figure each for input, output, cache reads and cache writes; published prices also differ by length of the
+    context, by modality and by time of day. Of those the dearest is taken: a cap then holds whatever the call turns out to be. A host
+    that wants to be exact gives its own price. Prices of tiers of service (`service_tier`, batches) and of server-side tools are left out:
+    what makes use of them is unbounded in cost. A model without a price for output (embeddings, legacy ones) has no price here.
+
+    Every answer is remembered, also a None. The data costs about 0.3 s to load: at the first call, or before it with `load()` in a
+    thread. Raises `ConfigurationError` if the package is not installed.
+    """
+
+    def __init__(self, *, clock: Clock = time.time) -> None:
+        if find_spec("genai_prices") is None:
+            raise ConfigurationError(
+                f"published prices need the package genai-prices: pip install 'starlette_aigateway[{EXTRA}]'", param="prices"
+            )
+        self._clock = clock
+        self._lock = Lock()
+        self._providers: list[Provider] | None = None
+        self._remembered: dict[tuple[str, str], Price | None] = {}
+
+    def __call__(self, provider: str, upstream: str) -> Price | None:
+        key = (provider, upstream)
+        if key in self._remembered:
+            return self._remembered[key]
+        price = self._find(provider, upstream)
+        if len(self._remembered) < REMEMBERED:  # callers may ask for any name: full is full, the known ones stay
+            self._remembered[key] = price
+        return price
+
+    def load(self) -> None:
+        """Loads the data, once. Blocks for about 0.3 s."""
+        self._data()
+
+    def _data(self) -> list[Provider]:
+        with self._lock:
+            if self._providers is None:
+                from genai_prices.data import providers  # an optional package of 1.6 MB: not before it is needed
+
+                self._providers = providers
+            return self._providers
+
+    def _find(self, provider: str, upstream: str) -> Price | None:
+        providers = self._data()
+        from genai_prices.data_snapshot import find_provider_by_id  # as above; its snapshot keeps every name asked for, without a bound
+
+        vendor = find_provider_by_id(providers, provider)
+        model = None if vendor is None else vendor.find_model(upstream, all_providers=providers)
+        return None if model is None else dearest(price_tables(model, datetime.fromtimestamp(self._clock(), UTC)))
+
+
+def price_tables(model: ModelInfo, now: datetime) -> Iterator[ModelPrice]:
+    """The price tables that hold at `now` or may hold later, by the hour of the day or from a coming date on."""
+    from genai_prices.types import ModelPrice, StartDateConstraint  # an optional package
+
+    if isinstance(model.prices, ModelPrice):
+        yield model.prices
+        return
+    for conditional in reversed(model.prices):  # the last one whose condition is met holds
+        yield conditional.prices
+        constraint = conditional.constraint
+        if constraint is None or (isinstance(constraint, StartDateConstraint) and constraint.active(now)):
+            return
+
+
+def dearest(tables: Iterable[ModelPrice]) -> Price | None:
+    """One `Price` that is at least every one of `tables`, each of their tiers and modalities. None without an input or an output price."""
+    highest: dict[str, Decimal] = {}
+    for table in tables:
+        for name, value in vars(table).items():
+            field = price_field(name)
+            if field is not None and value is not None:
+                amount = value if isinstance(value, Decimal) else max([value.base, *(tier.price for tier in value.tiers)])
+                if field == "request":
+                    amount /= 1000
+                highest[field] = max(highest.get(field, Decimal(0)), amount)
+    if "input" not in highest or "output" not in highest:
+        return None
+    exact = {field: amount.quantize(NANO, ROUND_CEILING) for field, amount in highest.items()}
+    try:
+        return Price(
+            exact["input"],
+            exact["output"],
+            cache_read=exact.get("cache_read"),
+            cache_write=exact.get("cache_write"),
+            request=exact.get("request", Decimal(0)),
+        )
+    except InvalidArgument:  # a figure that is no price of ours, such as a negative one
+        return None
+
+
+def price_field(name: str) -> str | None:
+    """Which field of `Price` a published price belongs to: `input_audio_mtok` to `input`, `cache_write_1h_mtok` to `cache_write`; None
+    for what is charged by anything but a token or a call."""
+    if name == "requests_kcount":
+        return "request"
+    if not name.endswith("_mtok"):
+        return None
+    kind = name.removesuffix("_mtok").split("_")
+    if kind[0] == "cache":
+        return "cache_write" if "write" in kind else "cache_read" if "read" in kind else None
+    return kind[0] if kind[0] in ("input", "output") else None

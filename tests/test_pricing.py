@@ -1,0 +1,247 @@
+"""What a call costs, and which price holds."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from datetime import UTC, date, datetime, time
+from decimal import Decimal
+from fractions import Fraction
+from typing import Any
+
+import pytest
+from genai_prices.types import (
+    ClauseEquals,
+    ConditionalPrice,
+    ModelInfo,
+    ModelPrice,
+    StartDateConstraint,
+    Tier,
+    TieredPrices,
+    TimeOfDateConstraint,
+)
+from hypothesis import given
+from hypothesis import strategies as st
+
+from starlette_aigateway.errors import ConfigurationError, InvalidArgument
+from starlette_aigateway.policy.pricing import PriceBook, cost, rates
+from starlette_aigateway.public_prices import PublicPrices, dearest, price_field, price_tables
+from starlette_aigateway.types import Price, Usage
+
+NOW = datetime(2026, 6, 1, 12, tzinfo=UTC)
+
+amounts = st.decimals(min_value=0, max_value=1000, places=9, allow_nan=False, allow_infinity=False)
+prices = st.builds(Price, amounts, amounts, cache_read=st.none() | amounts, cache_write=st.none() | amounts, request=amounts)
+tokens = st.integers(min_value=0, max_value=10**9)
+
+
+@given(price=prices, plain=tokens, read=tokens, created=tokens, output=tokens)
+def test_the_cost_is_exact_and_rounded_up_once(price: Price, plain: int, read: int, created: int, output: int) -> None:
+    usage = Usage(
+        input_tokens=plain + read + created, output_tokens=output, cache_read_input_tokens=read, cache_creation_input_tokens=created
+    )
+    dollars = (
+        plain * Fraction(price.input)
+        + read * Fraction(price.cache_read)
+        + created * Fraction(price.cache_write)
+        + output * Fraction(price.output)
+    ) / 10**6
+    assert cost(usage, price) == math.ceil(dollars * 10**9) + Fraction(price.request) * 10**9
+    assert type(cost(usage, price)) is int
+
+
+def test_the_documented_example() -> None:
+    assert cost(Usage(input_tokens=1_000_000, output_tokens=1_000_000), Price("0.15", "0.60")) == 750_000_000
+    assert cost(Usage(input_tokens=1, output_tokens=0), Price("0.000000001", 0)) == 1
+
+
+def test_more_cached_than_input_tokens_are_charged_as_cached() -> None:
+    usage = Usage(input_tokens=5, output_tokens=0, cache_read_input_tokens=10)
+    assert cost(usage, Price(1000, 0, cache_read=100)) == 10 * 100_000
+
+
+def test_a_cached_token_is_not_charged_twice() -> None:
+    usage = Usage(input_tokens=10, output_tokens=0, cache_read_input_tokens=4, cache_creation_input_tokens=6)
+    assert cost(usage, Price(1000, 0, cache_read=1, cache_write=2)) == 4 * 1_000 + 6 * 2_000
+
+
+def test_a_price_per_call_is_charged_without_tokens() -> None:
+    assert cost(Usage(input_tokens=0, output_tokens=0), Price(0, 0, request="0.005")) == 5_000_000
+
+
+def test_without_a_price_and_with_a_free_one_it_costs_nothing() -> None:
+    usage = Usage(input_tokens=10**9, output_tokens=10**9)
+    assert cost(usage, None) == 0
+    assert cost(usage, Price.free()) == 0
+
+
+def test_the_dearest_input_rate_is_of_all_three() -> None:
+    assert rates(Price(1, 9, cache_read=3, cache_write=2)).dearest_input == 3_000_000_000
+    assert rates(Price(1, 9)).dearest_input == 1_000_000_000
+
+
+def priced(number: int) -> Price:
+    return Price(number, number)
+
+
+KEYS: list[tuple[str | None, str]] = [("azure", "gpt-4o-2024"), ("azure", "gpt-4o"), (None, "gpt-4o"), (None, "gpt-4o-2024")]
+
+
+@pytest.mark.parametrize("first", range(4))
+def test_the_most_exact_price_holds(first: int) -> None:
+    stored = {key: priced(number) for number, key in enumerate(KEYS)}
+    kept = {key: stored[key] for key in KEYS[first:]}
+    assert PriceBook().lookup("azure", "gpt-4o-2024", "gpt-4o", kept) == priced(first)
+    configured: dict[str | tuple[str, str], Price] = {
+        (model if provider is None else (provider, model)): price for (provider, model), price in kept.items()
+    }
+    assert PriceBook(configured).lookup("azure", "gpt-4o-2024", "gpt-4o", {}) == priced(first)
+
+
+def test_stored_prices_go_before_configured_and_those_before_published_ones() -> None:
+    book = PriceBook({("azure", "gpt-4o"): priced(2)}, public=lambda provider, upstream: priced(3))
+    assert book.lookup("azure", "gpt-4o", "gpt-4o", {(None, "gpt-4o"): priced(1)}) == priced(1)
+    assert book.lookup("azure", "gpt-4o", "gpt-4o", {}) == priced(2)
+    assert book.lookup("azure", "gpt-5", "gpt-5", {}) == priced(3)
+
+
+def test_the_price_of_another_provider_does_not_hold() -> None:
+    assert PriceBook({("azure", "gpt-4o"): priced(2)}).lookup("openai", "gpt-4o", "gpt-4o", {("azure", "gpt-4o"): priced(1)}) is None
+
+
+def test_a_free_price_is_a_price() -> None:
+    book = PriceBook({"local": Price.free()}, public=lambda provider, upstream: priced(3))
+    assert book.lookup("vllm", "local", "local", {}) == Price.free()
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        [("gpt-4o", Price(1, 1))],
+        {"gpt-4o": 1},
+        {"gpt-4o": "0.15"},
+        {"": Price(1, 1)},
+        {("azure",): Price(1, 1)},
+        {("azure", ""): Price(1, 1)},
+        {(None, "gpt-4o"): Price(1, 1)},
+        {1: Price(1, 1)},
+    ],
+)
+def test_wrong_prices_are_refused_by_name(wrong: Any) -> None:
+    with pytest.raises(InvalidArgument) as caught:
+        PriceBook(wrong)
+    assert caught.value.param == "prices"
+
+
+def test_published_prices_are_found_offline() -> None:
+    public = PublicPrices(clock=NOW.timestamp)
+    price = public("openai", "gpt-4o-mini")
+    assert price is not None
+    assert 0 < price.input < price.output
+    assert price.cache_read < price.input
+    assert public("openai", "no-such-model-of-anyone") is None
+    assert public("no-such-provider", "gpt-4o-mini") is None
+
+
+def test_a_published_price_is_looked_up_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    public = PublicPrices(clock=NOW.timestamp)
+    found = public("openai", "gpt-4o-mini"), public("nobody", "nothing")
+
+    def again(provider: str, upstream: str) -> Price | None:
+        raise AssertionError("looked up again")
+
+    monkeypatch.setattr(public, "_find", again)
+    assert (public("openai", "gpt-4o-mini"), public("nobody", "nothing")) == found
+
+
+def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("starlette_aigateway.public_prices.REMEMBERED", 2)
+    public = PublicPrices(clock=NOW.timestamp)
+    for name in ("gpt-4o", "a", "b", "c"):
+        public("openai", name)
+    assert len(public._remembered) == 2
+    assert public("openai", "gpt-4o-mini") is not None
+
+
+def test_without_the_package_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("starlette_aigateway.public_prices.find_spec", lambda name: None)
+    with pytest.raises(ConfigurationError, match=r"starlette_aigateway\[prices\]"):
+        PublicPrices()
+
+
+def test_the_package_is_not_imported_before_it_is_needed() -> None:
+    code = (
+        "import sys; from starlette_aigateway.public_prices import PublicPrices; p = PublicPrices(); "
+        "assert 'genai_prices' not in sys.modules; p.load(); assert 'genai_prices.data' in sys.modules"
+    )
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
+
+def tiered(base: str, *steps: str) -> TieredPrices:
+    return TieredPrices(base=Decimal(base), tiers=[Tier(start=1000 * n, price=Decimal(step)) for n, step in enumerate(steps, 1)])
+
+
+def test_the_dearest_tier_modality_and_time_to_live_hold() -> None:
+    table = ModelPrice(
+        input_mtok=tiered("3", "6"),
+        input_audio_mtok=Decimal("7"),
+        output_mtok=tiered("15", "22.5", "20"),
+        cache_read_mtok=Decimal("0.3"),
+        cache_write_mtok=Decimal("3.75"),
+        cache_write_1h_mtok=tiered("6", "12"),
+        requests_kcount=Decimal("12"),
+        web_searches_kcount=Decimal("1000"),
+    )
+    assert dearest([table]) == Price(7, "22.5", cache_read="0.3", cache_write=12, request="0.012")
+
+
+def test_a_price_finer_than_a_nano_dollar_is_rounded_up() -> None:
+    assert dearest([ModelPrice(input_mtok=Decimal("0.0000000001"), output_mtok=Decimal(0))]) == Price("0.000000001", 0)
+
+
+@pytest.mark.parametrize(
+    "figures", [{"input_mtok": Decimal(1)}, {"output_mtok": Decimal(1)}, {}, {"input_mtok": Decimal(-1), "output_mtok": None}]
+)
+def test_a_model_without_both_prices_has_none(figures: dict[str, Any]) -> None:
+    assert dearest([ModelPrice(**figures)]) is None
+
+
+def model(*conditions: tuple[Any, int]) -> ModelInfo:
+    conditional = [
+        ConditionalPrice(constraint=when, prices=ModelPrice(input_mtok=Decimal(n), output_mtok=Decimal(n))) for when, n in conditions
+    ]
+    return ModelInfo(id="m", match=ClauseEquals("m"), prices=conditional)
+
+
+def from_day(day: date) -> StartDateConstraint:
+    return StartDateConstraint(start_date=day)
+
+
+def test_a_price_of_the_past_is_over_and_a_coming_one_counts_already() -> None:
+    info = model((None, 100), (from_day(date(2026, 1, 1)), 2), (from_day(date(2027, 1, 1)), 5))
+    assert dearest(price_tables(info, NOW)) == Price(5, 5)
+
+
+def test_prices_by_the_hour_all_count() -> None:
+    night = TimeOfDateConstraint(start_time=time(0, tzinfo=UTC), end_time=time(6, tzinfo=UTC))
+    assert dearest(price_tables(model((None, 1), (night, 4)), NOW)) == Price(4, 4)
+
+
+@pytest.mark.parametrize(
+    ("name", "field"),
+    [
+        ("input_mtok", "input"),
+        ("input_image_mtok", "input"),
+        ("output_reasoning_mtok", "output"),
+        ("cache_read_mtok", "cache_read"),
+        ("cache_audio_read_mtok", "cache_read"),
+        ("cache_write_5m_mtok", "cache_write"),
+        ("requests_kcount", "request"),
+        ("web_searches_kcount", None),
+        ("input_text_messages_kcount", None),
+        ("other_mtok", None),
+    ],
+)
+def test_each_published_figure_has_its_field(name: str, field: str | None) -> None:
+    assert price_field(name) == field
