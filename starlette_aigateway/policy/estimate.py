@@ -1,0 +1,159 @@
+"""What a call may cost at the most, before it is made; what it probably used, where nobody says.
+
+The bound on tokens is the number of bytes. Byte-level BPE (GPT, Claude, Llama 3, Qwen, …) starts from one token for each UTF-8 byte and
+only merges, so it never makes more tokens than bytes (https://arxiv.org/abs/1909.03341, section 3); SentencePiece with byte fallback
+spends at most one token on a byte as well. Around the text, a chat template puts a few special tokens for each message; the constants
+below are far above those that are documented. They do not cover what is not text: an image costs tokens by its size in pixels, not by
+its bytes; whoever knows the wire adds that as `extra`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import msgspec
+from msgspec import Struct
+
+from ..errors import InvalidRequest
+from ..types import CompletionRequest, Price, Usage
+from .pricing import MILLION, rates, up
+
+TOKENS_PER_MESSAGE = 16
+"""OpenAI documents 3 per message and 1 per name (https://cookbook.openai.com, "How to count tokens with tiktoken")."""
+
+TOKENS_PER_TOOL = 64
+"""The frame of one function definition, besides its own bytes."""
+
+TOKENS_PER_REQUEST = 64
+TOKENS_FOR_TOOLS = 1024
+"""Anthropic documents a hidden system prompt of 159 to 530 tokens once there are tools (docs.anthropic.com, "Tool use", Pricing)."""
+
+TOKENS_PER_CHOICE = 32
+"""End marks and the frame of tool calls, which are billed and never shown."""
+
+BYTES_PER_TOKEN = 4
+"""A usual English text (https://help.openai.com, "What are tokens and how to count them")."""
+
+DEFAULT_MAX_TOKENS = 4096
+"""The output bound of a call where neither the caller, the host nor the model gives one."""
+
+MIN_OUTPUT_TOKENS = 256
+
+
+class Ask(Struct, frozen=True, kw_only=True):
+    """What one attempt asks of the ledger: nano-USD between `minimum` and `wanted`, for `output_wanted` tokens in each choice.
+    `given`: the caller set that bound itself, so that it may not be lowered."""
+
+    minimum: int
+    wanted: int
+    output_wanted: int
+    given: bool
+
+
+def jsonable(value: Any) -> Any:
+    """Mappings and sequences of other types than `dict` and `list`, for msgspec."""
+    if isinstance(value, Mapping):
+        return dict(value)
+    if isinstance(value, Sequence):
+        return list(value)
+    raise TypeError
+
+
+_ENCODER = msgspec.json.Encoder(enc_hook=jsonable)
+
+
+def size(request: CompletionRequest) -> int:
+    """Bytes of the messages and parameters as JSON, which is at least the UTF-8 bytes of every text in them. Raises `InvalidRequest` for
+    what JSON cannot carry."""
+    try:
+        return len(_ENCODER.encode((request.messages, request.params)))
+    except (TypeError, ValueError, OverflowError, RecursionError, msgspec.MsgspecError):
+        raise InvalidRequest("messages and parameters must be JSON values") from None  # the cause may quote a prompt
+
+
+def input_bound(request: CompletionRequest, *, extra: int = 0, known_size: int | None = None) -> int:
+    """The most input tokens that `request` can be, once its prompt is rendered. `extra` are tokens of what is not text; `known_size` is
+    `size(request)`, where that is known already. Raises `InvalidRequest` as `size` does."""
+    bound = size(request) if known_size is None else known_size
+    bound += TOKENS_PER_REQUEST + TOKENS_PER_MESSAGE * len(request.messages) + extra
+    tools = [offered for name in ("tools", "functions") if isinstance(offered := request.params.get(name), Sequence)]
+    if tools:
+        bound += TOKENS_FOR_TOOLS + TOKENS_PER_TOOL * sum(map(len, tools))
+    return bound
+
+
+def amount(input_tokens: int, output_tokens: int, n: int | None, price: Price | None) -> int:
+    """Nano-USD that a call can cost at the most: every input token at the dearest of the three input rates, `output_tokens` in each of
+    `n` choices. Without a price, 0."""
+    if price is None:
+        return 0
+    rate = rates(price)
+    return up(input_tokens * rate.dearest_input + output_tokens * (n or 1) * rate.output) + rate.request
+
+
+def ask(
+    request: CompletionRequest,
+    input_tokens: int,
+    *,
+    price: Price | None,
+    default_max_tokens: int | None = None,
+    model_maximum: int | None = None,
+    min_output_tokens: int = MIN_OUTPUT_TOKENS,
+) -> Ask:
+    """What to reserve for one attempt.
+
+    The caller's own `max_tokens` fits or does not. Without one, the bound is `default_max_tokens`, never above `model_maximum`, else
+    that, else `DEFAULT_MAX_TOKENS`; and the budget may lower it down to `min_output_tokens`.
+    """
+    given = request.max_tokens is not None
+    if request.max_tokens is not None:
+        output = least = request.max_tokens
+    else:
+        bounds = [bound for bound in (default_max_tokens, model_maximum) if bound is not None]
+        output = min(bounds, default=DEFAULT_MAX_TOKENS)
+        least = min(min_output_tokens, output)
+    return Ask(
+        minimum=amount(input_tokens, least, request.n, price),
+        wanted=amount(input_tokens, output, request.n, price),
+        output_wanted=output,
+        given=given,
+    )
+
+
+def affordable(granted: int, input_tokens: int, n: int | None, price: Price | None, wanted: int) -> int:
+    """Output tokens in each choice, at most `wanted`, that `granted` nano-USD pay for: `amount` of them is never above `granted`. 0 where
+    not even the input is paid for; `wanted` where output costs nothing, or nobody knows what it costs."""
+    if price is None:
+        return wanted
+    rate = rates(price)
+    left = (granted - rate.request) * MILLION - input_tokens * rate.dearest_input
+    if left < 0:
+        return 0
+    return min(wanted, left // ((n or 1) * rate.output)) if rate.output else wanted
+
+
+def received(text_bytes: int, *, input_tokens: int, bound: int | None = None, n: int | None = None, hidden: bool = False) -> Usage:
+    """What was used, where the provider did not say: never less than it was, for any tokenisation that makes no more tokens than bytes.
+
+    `text_bytes` are the bytes of every delta that came (text, refusals, arguments of tool calls); `input_tokens` is the input bound.
+    `bound` is the output bound in each of the `n` choices, which the provider keeps. `hidden`: the model also makes tokens that it does
+    not send (reasoning); then only the bound limits them. What a provider had made but not sent when the connection was closed is not
+    in it.
+    """
+    choices = n or 1
+    output = text_bytes + TOKENS_PER_CHOICE * choices
+    if bound is not None:
+        output = bound * choices if hidden else min(output, bound * choices)
+    return Usage(input_tokens=input_tokens, output_tokens=output)
+
+
+def tokens_for_window(request: CompletionRequest, output_bound: int | None, *, known_size: int | None = None) -> int:
+    """What a token window is charged when a call is let in, corrected when it is settled; at least 1.
+
+    A realistic figure: bytes / 4 for the input, and `output_bound` in each choice only where the caller gave one. The window paces
+    calls and costs nobody money; charging it with the worst case would turn away calls that fit several times over.
+    """
+    text = size(request) if known_size is None else known_size
+    output = (output_bound or 0) * (request.n or 1)
+    return max(1, -(-text // BYTES_PER_TOKEN) + output)
