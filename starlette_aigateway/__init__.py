@@ -1,0 +1,95 @@
+"""An AI gateway that lives inside your Starlette, FastAPI or Quart app."""
+
+from .accounts import Budget, UsageRecord, UsageReport
+from .caller import Caller
+from .errors import (
+    AIGatewayError,
+    AuthenticationError,
+    ConfigurationError,
+    Conflict,
+    CostUnbounded,
+    InvalidRequest,
+    NoProviderAvailable,
+    NotFound,
+    PermissionDenied,
+    PriceUnknown,
+    ProviderError,
+    ProviderRejected,
+    ProviderTimeout,
+    RateLimitExceeded,
+    RequestError,
+    SpendCapExceeded,
+    SpendCapHeld,
+    StorageUnavailable,
+    TooManyParallelRequests,
+)
+from .gateway import AIGateway
+from .http.door import Admin
+from .middleware import AIGatewayMiddleware
+from .policy.caching import CachePolicy
+from .policy.routing import RetryPolicy
+from .streams import AnswerStream
+from .types import (
+    Answer,
+    CacheControl,
+    Chunk,
+    Completion,
+    CompletionRequest,
+    Key,
+    Limits,
+    Message,
+    Price,
+    Principal,
+    PromptRef,
+    Tenant,
+    Timeouts,
+    Usage,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AIGateway",
+    "AIGatewayError",
+    "AIGatewayMiddleware",
+    "Admin",
+    "Answer",
+    "AnswerStream",
+    "AuthenticationError",
+    "Budget",
+    "CacheControl",
+    "CachePolicy",
+    "Caller",
+    "Chunk",
+    "Completion",
+    "CompletionRequest",
+    "ConfigurationError",
+    "Conflict",
+    "CostUnbounded",
+    "InvalidRequest",
+    "Key",
+    "Limits",
+    "Message",
+    "NoProviderAvailable",
+    "NotFound",
+    "PermissionDenied",
+    "Price",
+    "PriceUnknown",
+    "Principal",
+    "PromptRef",
+    "ProviderError",
+    "ProviderRejected",
+    "ProviderTimeout",
+    "RateLimitExceeded",
+    "RequestError",
+    "RetryPolicy",
+    "SpendCapExceeded",
+    "SpendCapHeld",
+    "StorageUnavailable",
+    "Tenant",
+    "Timeouts",
+    "TooManyParallelRequests",
+    "Usage",
+    "UsageRecord",
+    "UsageReport",
+]

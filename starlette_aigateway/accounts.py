@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from datetime import datetime
+from decimal import Decimal
 from typing import Any, Literal
 
 from msgspec import Struct
 
+from . import money
 from .types import Caps, Price, Usage
 
 GATEWAY_SCOPE = "gateway"
@@ -112,6 +114,10 @@ class UsageRecord(Struct, frozen=True, kw_only=True):
     def cached(self) -> bool:
         return self.outcome == "cached"
 
+    @property
+    def cost_usd(self) -> Decimal:
+        return money.dollars(self.cost)
+
 
 class Budget(Struct, frozen=True, kw_only=True):
     """One scope in one window; nano-USD. `period` is `2026-01-31`, `2026-01` or empty for a lifetime; `cap` of None is no cap."""
@@ -126,6 +132,22 @@ class Budget(Struct, frozen=True, kw_only=True):
     @property
     def remaining(self) -> int | None:
         return None if self.cap is None else max(0, self.cap - self.spent - self.held)
+
+    @property
+    def cap_usd(self) -> Decimal | None:
+        return None if self.cap is None else money.dollars(self.cap)
+
+    @property
+    def spent_usd(self) -> Decimal:
+        return money.dollars(self.spent)
+
+    @property
+    def held_usd(self) -> Decimal:
+        return money.dollars(self.held)
+
+    @property
+    def remaining_usd(self) -> Decimal | None:
+        return None if self.remaining is None else money.dollars(self.remaining)
 
 
 class UsageQuery(Struct, frozen=True, kw_only=True):
@@ -154,6 +176,10 @@ class UsageTotals(Struct, frozen=True, kw_only=True):
     input_tokens: int = 0
     output_tokens: int = 0
     cost: int = 0
+
+    @property
+    def cost_usd(self) -> Decimal:
+        return money.dollars(self.cost)
 
 
 class UsageGroup(Struct, frozen=True, kw_only=True):

@@ -49,7 +49,7 @@ def nano(amount: Decimal) -> int:
 
 def dollars(nano_usd: int) -> Decimal:
     """US dollars of nano-USD, exact, without an exponent: `Decimal('0.00015')`."""
-    return Decimal(nano_usd).scaleb(-9)
+    return Decimal(nano_usd).scaleb(-9) if nano_usd else Decimal(0)
 
 
 def text(amount: Decimal | None) -> str | None:

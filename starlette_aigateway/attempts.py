@@ -1,0 +1,366 @@
+"""From a call that was let in to a booked answer: hold, call, settle or release, at one target after another.
+
+All of this runs inside a job that belongs to the gateway (`background.py`): it is cancelled only at its own deadline, after its caller
+has left. What touches the ledger is shielded on top of that, so that a hold that was granted is resolved by whoever asked for it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+
+import anyio
+from msgspec.structs import replace
+
+from .accounts import Hold, HoldRequest, Settlement, UsageRecord
+from .background import Job, shut_down
+from .calls import Call, Done, Offer, PricedTarget
+from .errors import AIGatewayError, NoProviderAvailable, ProviderError, ProviderTimeout, SpendCapExceeded, StorageUnavailable
+from .events import AttemptFailed, CallRecorded, Event
+from .policy import estimate, keys, metering
+from .policy.routing import Circuit, Failure, GiveUp, RetryPolicy, Target, ails, next_step
+from .protocols import Clock, Ledger, ProviderAnswer
+from .streams import DRAIN_BYTES, Meter, Relay
+from .types import Chunk, Completion, ProviderCall, Timeouts, Usage
+from .wires import openai_chat
+
+LEASE_GRACE = 30.0
+MAX_CIRCUITS = 1024
+log = logging.getLogger("starlette_aigateway")
+
+
+class ReaderLeft(Exception):  # an event, not a fault
+    """The client has left, and enough of the answer was drained."""
+
+
+class Attempt:
+    """One hold and one call at one target."""
+
+    def __init__(self, call: Call, offer: Offer, priced: PricedTarget, number: int, hold: Hold, timeout: float) -> None:
+        self.call = call
+        self.offer = offer
+        self.priced = priced
+        self.number = number
+        self.hold = hold
+        self.meter: Meter | None = None
+        self._timeout = timeout
+        self._begun = self._heard = anyio.current_time()
+        self._scope = anyio.CancelScope(deadline=self._begun + timeout)
+
+    @property
+    def output_bound(self) -> int | None:
+        """The output bound in tokens that is sent and that the hold pays for; None where nothing has to be bounded."""
+        ask = self.priced.ask
+        if ask.given or not self.offer.bounded:
+            return self.call.request.max_tokens
+        return estimate.affordable(self.hold.amount, self.offer.input_tokens, self.call.request.n, self.priced.price, ask.output_wanted)
+
+    @property
+    def lowered_to(self) -> int | None:
+        """The bound, where the budget afforded less output than was wanted."""
+        bound = self.output_bound
+        return bound if bound is not None and not self.priced.ask.given and bound < self.priced.ask.output_wanted else None
+
+    @property
+    def latency_ms(self) -> int:
+        return round((anyio.current_time() - self._begun) * 1000)
+
+    @property
+    def received(self) -> Usage | None:
+        """What has come of a stream, its input at the bound; None if nothing has."""
+        if self.meter is None or not self.meter.has_content:
+            return None
+        return self._estimated(self.meter.output_bytes())
+
+    def _estimated(self, output_bytes: int) -> Usage:
+        return estimate.received(output_bytes, input_tokens=self.offer.input_tokens, bound=self.output_bound, n=self.call.request.n)
+
+    @asynccontextmanager
+    async def answer(self) -> AsyncIterator[ProviderAnswer]:
+        """The provider's open answer. Whatever it does wrong comes out as a `ProviderError`."""
+        request = replace(self.call.request, model=self.priced.target.upstream, max_tokens=self.output_bound)
+        provider_call = ProviderCall(request=request, stream=self.call.stream, timeout=self._timeout, request_id=self.call.request_id)
+        with self._scope:
+            try:
+                async with self.priced.provider.adapter.open(provider_call) as answer:
+                    yield answer
+            except (AIGatewayError, ReaderLeft):
+                raise
+            except Exception as error:  # any foreign exception of a provider: it was sent, and nothing is known
+                raise ProviderError(f"{self.priced.target.provider} failed unexpectedly", billed="unknown") from error
+        if self._scope.cancelled_caught:
+            raise ProviderTimeout(f"{self.priced.target.provider} did not answer within {self._timeout:g} seconds", billed="unknown")
+
+    def heard(self) -> None:
+        """The provider sent something: its next silence may last as long again, within the call's own deadline."""
+        now = anyio.current_time()
+        if now - self._heard > 1:
+            self._heard = now
+            self._scope.deadline = min(now + self._timeout, self.call.deadline)
+
+    def settlement(self, usage: Usage | None, output_bytes: Callable[[], int], model: str | None) -> Settlement:
+        """For an answer that came whole, with the `usage` that was reported, if one was."""
+        return metering.completed(
+            self.hold,
+            self.priced.price,
+            usage if usage is not None else self._estimated(output_bytes()),
+            bounded=self.output_bound is not None,
+            reported=usage is not None,
+            model=model,
+            latency_ms=self.latency_ms,
+        )
+
+
+class Lease:
+    """Keeps the hold of a running stream open: renewed when a third of it has passed."""
+
+    def __init__(self, ledger: Ledger, clock: Clock, hold: Hold, length: float) -> None:
+        self._ledger = ledger
+        self._clock = clock
+        self._hold = hold
+        self.length = length
+        self._renewed = anyio.current_time()
+
+    async def keep(self) -> None:
+        if anyio.current_time() - self._renewed < self.length / 3:
+            return
+        self._renewed = anyio.current_time()
+        now = self._clock()
+        try:
+            await self._ledger.renew(self._hold.id, now + self.length, now=now)
+        except StorageUnavailable:
+            log.warning("the lease of a running stream could not be renewed; it is tried again")
+
+
+class Attempts:
+    """Tries the targets of a call until one succeeds, each under a hold of its own that is resolved exactly once."""
+
+    def __init__(
+        self,
+        *,
+        ledger: Ledger,
+        clock: Clock,
+        random: Callable[[int], bytes],
+        timeouts: Timeouts,
+        retries: RetryPolicy,
+        emit: Callable[[Event], None],
+    ) -> None:
+        self._ledger = ledger
+        self._clock = clock
+        self._random = random
+        self._timeouts = timeouts
+        self._retries = retries
+        self._emit = emit
+        self._circuits: dict[Target, Circuit] = {}
+
+    async def complete(self, call: Call, offer: Offer, job: Job[Done]) -> Done:
+        async def run(attempt: Attempt) -> Done:
+            async with attempt.answer() as answer:
+                completion = await answer.completion()
+            usage = metering.reported_usage(completion)
+            settlement = attempt.settlement(usage, lambda: _output_bytes(completion), completion.model)
+            record = await self._settle(attempt, settlement)
+            return _done(attempt, settlement, record, replace(completion, usage=settlement.usage))
+
+        return await self._first_success(call, offer, job, run)
+
+    async def stream(self, call: Call, offer: Offer, job: Job[Done], relay: Relay) -> Done:
+        async def run(attempt: Attempt) -> Done:
+            meter = attempt.meter = relay.begin(attempt.priced.target.provider, attempt.lowered_to)
+            lease = Lease(self._ledger, self._clock, attempt.hold, _lease(call, attempt.priced, self._timeouts))
+            async with attempt.answer() as answer:
+                async for item in answer.events():
+                    meter.see(item)
+                    attempt.heard()
+                    await lease.keep()
+                    read = await relay.pass_on(item, lease.keep, lease.length / 3)
+                    if not read and meter.received > DRAIN_BYTES:
+                        raise ReaderLeft
+            await relay.flush()
+            settlement = attempt.settlement(meter.usage, meter.output_bytes, meter.model)
+            record = await self._settle(attempt, settlement)
+            return _done(attempt, settlement, record, None)
+
+        try:
+            return await self._first_success(call, offer, job, run, relay)
+        finally:
+            relay.close()
+
+    async def _first_success(
+        self, call: Call, offer: Offer, job: Job[Done], run: Callable[[Attempt], Awaitable[Done]], relay: Relay | None = None
+    ) -> Done:
+        plan = replace(call.plan, targets=offer.plan)
+        failures: list[Failure] = []
+        unresolved: Hold | None = None
+        while True:
+            step = next_step(
+                plan, failures, now=anyio.current_time(), deadline=call.deadline, policy=self._retries, opens_at=self._opens_at
+            )
+            if unresolved is not None and (isinstance(step, GiveUp) or step.delay > 0):
+                await self._release(unresolved)
+                unresolved = None
+            if isinstance(step, GiveUp):
+                raise _exhausted(step.error)
+            if step.delay > 0:
+                await anyio.sleep(step.delay)
+            attempt = await self._begin(call, offer, job, step.target, failures, unresolved)
+            try:
+                result = await run(attempt)
+            except ProviderError as error:
+                failures.append(Failure(step.target, error, anyio.current_time()))
+                unresolved = await self._failed(attempt, error)
+                if relay is not None and relay.committed:
+                    if unresolved is not None:
+                        await self._release(unresolved)
+                    raise
+            except BaseException as error:
+                await self._settle(
+                    attempt,
+                    metering.abandoned(attempt.hold, attempt.priced.price, received=attempt.received, latency_ms=attempt.latency_ms),
+                )
+                if isinstance(error, ReaderLeft):
+                    raise shut_down() from None
+                raise
+            else:
+                if circuit := self._circuits.get(step.target):
+                    circuit.succeeded()
+                return result
+
+    async def _begin(
+        self, call: Call, offer: Offer, job: Job[Done], target: Target, failures: Sequence[Failure], replaces: Hold | None
+    ) -> Attempt:
+        """Holds the money of one attempt. Raises the provider's error when a later hold does not fit."""
+        priced = offer.at(target)
+        now = self._clock()
+        request = HoldRequest(
+            id=keys.mint_id("use_", now, self._random),
+            request_id=call.request_id,
+            attempt=len(failures) + 1,
+            scopes=call.scopes,
+            principal=call.principal.id,
+            tenant=call.principal.tenant_id,
+            key_id=call.principal.key_id,
+            provider=target.provider,
+            model=call.plan.model,
+            price=priced.price,
+            minimum=priced.ask.minimum,
+            wanted=priced.ask.wanted,
+            admission=offer.admission if not failures else priced.ask.minimum,
+            expires_at=now + _lease(call, priced, self._timeouts),
+            prompt=call.prompt,
+            tags=call.options.tags,
+            replaces=replaces.id if replaces is not None else None,
+        )
+        try:
+            hold = await self._reserve(request, now)
+        except SpendCapExceeded as refused:
+            if failures:
+                raise _exhausted(failures[-1].error) from refused
+            raise
+        if job.abandoned:
+            await self._release(hold)
+            raise shut_down()
+        return Attempt(call, offer, priced, request.attempt, hold, _attempt_timeout(call, priced, self._timeouts))
+
+    async def _reserve(self, request: HoldRequest, now: float) -> Hold:
+        """Shielded: a hold that is granted while its caller leaves is released here, not left to expire."""
+        with anyio.move_on_after(2 * self._timeouts.storage, shield=True):
+            return await self._ledger.reserve(request, now=now)
+        raise StorageUnavailable("the ledger did not answer in time", retry_after=1.0)
+
+    async def _failed(self, attempt: Attempt, error: ProviderError) -> Hold | None:
+        """Books a failure. Gives the hold back where the provider charged nothing: it is still to be released."""
+        target = attempt.priced.target
+        if ails(error):
+            self._circuit(target).failed(anyio.current_time())
+        self._emit(
+            AttemptFailed(
+                request_id=attempt.call.request_id,
+                attempt=attempt.number,
+                provider=target.provider,
+                model=attempt.call.plan.model,
+                code=error.code,
+                status=error.status,
+            )
+        )
+        settlement = metering.failed(attempt.hold, attempt.priced.price, error, received=attempt.received, latency_ms=attempt.latency_ms)
+        if settlement is None:
+            return attempt.hold
+        await self._settle(attempt, settlement)
+        return None
+
+    async def _settle(self, attempt: Attempt, settlement: Settlement) -> UsageRecord | None:
+        """Shielded, and retried while the ledger is away. None: it stayed away; the lease will book the hold in full."""
+        with anyio.move_on_after(self._timeouts.settle, shield=True):
+            while True:
+                try:
+                    record = await self._ledger.settle(attempt.hold.id, settlement, now=self._clock())
+                except StorageUnavailable:
+                    await anyio.sleep(0.1)
+                else:
+                    if record is not None:
+                        self._emit(CallRecorded(record=record))
+                    return record
+        log.error("the settlement of %s could not be written; its lease will book the hold in full", attempt.hold.id)
+        return None
+
+    async def _release(self, hold: Hold) -> None:
+        with anyio.move_on_after(self._timeouts.settle, shield=True):
+            while True:
+                try:
+                    await self._ledger.release(hold.id, now=self._clock())
+                except StorageUnavailable:
+                    await anyio.sleep(0.1)
+                else:
+                    return
+        log.error("the release of %s could not be written; its lease will book the hold in full", hold.id)
+
+    def _circuit(self, target: Target) -> Circuit:
+        circuit = self._circuits.get(target)
+        if circuit is None:
+            if len(self._circuits) >= MAX_CIRCUITS:
+                del self._circuits[next(iter(self._circuits))]
+            circuit = self._circuits[target] = Circuit()
+        return circuit
+
+    def _opens_at(self, target: Target) -> float | None:
+        circuit = self._circuits.get(target)
+        return None if circuit is None else circuit.opens_at(anyio.current_time())
+
+
+def _attempt_timeout(call: Call, priced: PricedTarget, timeouts: Timeouts) -> float:
+    """Seconds without a sign of the provider, within the call's deadline."""
+    return max(0.001, min(priced.provider.timeout or timeouts.read, call.deadline - anyio.current_time()))
+
+
+def _lease(call: Call, priced: PricedTarget, timeouts: Timeouts) -> float:
+    """Seconds. A stream renews its lease whenever a third has passed and something came, so the longest silence has to fit in the rest."""
+    silence = _attempt_timeout(call, priced, timeouts)
+    return 2 * silence + LEASE_GRACE if call.stream else silence + LEASE_GRACE
+
+
+def _done(attempt: Attempt, settlement: Settlement, record: UsageRecord | None, completion: Completion | None) -> Done:
+    return Done(
+        provider=attempt.priced.target.provider,
+        record=record,
+        cost=record.cost if record is not None else settlement.amount,
+        lowered_to=attempt.lowered_to,
+        completion=completion,
+    )
+
+
+def _output_bytes(completion: Completion) -> int:
+    """Bytes of everything that the answer says, all choices included."""
+    if completion.native is not None:
+        return len(completion.native.body)
+    return openai_chat.output_bytes([Chunk(delta=completion.message)])
+
+
+def _exhausted(error: ProviderError) -> ProviderError:
+    """The last failure, as the caller sees it: a provider's rate limit is no fault of the caller's."""
+    if error.status != 429:
+        return error
+    return NoProviderAvailable(
+        "every provider of this model is over its rate limit", retryable=True, billed="no", status=429, retry_after=error.retry_after
+    )

@@ -1,0 +1,125 @@
+"""One call on its way through the pipeline: what was found out before the first attempt, and what came of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from decimal import Decimal
+
+from msgspec import Struct
+
+from . import money, replay
+from .accounts import ScopeClaim, UsageRecord
+from .policy.caching import CachedAnswer, CachedCompletion
+from .policy.estimate import Ask
+from .policy.routing import Plan, Target
+from .policy.windows import WindowClaim, WindowState
+from .providers.simple import RegisteredProvider
+from .types import Answer, CacheStatus, CallOptions, Completion, CompletionRequest, Native, Price, Principal
+
+
+class PricedTarget(Struct, frozen=True):
+    """A planned target with everything that an attempt at it needs: its adapter, its price and what has to be held."""
+
+    target: Target
+    provider: RegisteredProvider
+    price: Price | None
+    ask: Ask
+
+
+class Offer(Struct, frozen=True, kw_only=True):
+    """What a call may cost at each of its targets. `input_tokens` is the upper bound of its input; `bounded` says that the output of
+    every attempt is to be bounded, since a cap has to be held."""
+
+    targets: tuple[PricedTarget, ...]
+    input_tokens: int
+    bounded: bool
+
+    def at(self, target: Target) -> PricedTarget:
+        return next(priced for priced in self.targets if priced.target == target)
+
+    @property
+    def plan(self) -> tuple[Target, ...]:
+        return tuple(priced.target for priced in self.targets)
+
+    @property
+    def admission(self) -> int:
+        """Nano-USD that the dearest target needs at the least."""
+        return max(priced.ask.minimum for priced in self.targets)
+
+
+class Call(Struct, frozen=True, kw_only=True):
+    """A call that was let in. `capped` says that some scope of it has a spend cap; `started` and `deadline` are on anyio's clock, `admitted_at` is
+    Unix seconds."""
+
+    request_id: str
+    principal: Principal
+    request: CompletionRequest
+    options: CallOptions
+    stream: bool
+    plan: Plan
+    scopes: tuple[ScopeClaim, ...]
+    capped: bool
+    claims: tuple[WindowClaim, ...]
+    windows: Sequence[WindowState]
+    cache_key: str | None
+    started: float
+    admitted_at: float
+    deadline: float
+    prompt: str | None
+
+
+class Done(Struct, frozen=True, kw_only=True):
+    """A successful attempt, booked. `record` is None if the ledger could not be reached in time: the lease will book it.
+
+    `lowered_to` is the output bound in tokens where the budget afforded less than was wanted. `completion` is None for a stream.
+    """
+
+    provider: str
+    record: UsageRecord | None
+    cost: int
+    lowered_to: int | None
+    completion: Completion | None = None
+
+
+class Served(Struct, frozen=True, kw_only=True):
+    """A whole answer and what the door says about it. The completion of a cached answer is decoded only when somebody looks at it."""
+
+    request_id: str
+    provider: str
+    cost: int
+    cache: CacheStatus
+    windows: Sequence[WindowState]
+    age: float | None = None
+    lowered_to: int | None = None
+    completion: Completion | None = None
+    stored: CachedAnswer | None = None
+
+    @property
+    def native(self) -> Native | None:
+        if self.completion is not None:
+            return self.completion.native
+        content = self.stored.content if self.stored is not None else None
+        return content.native if isinstance(content, CachedCompletion) else None
+
+    @property
+    def cost_usd(self) -> Decimal:
+        return money.dollars(self.cost)
+
+    @property
+    def answer(self) -> Answer:
+        completion = self.completion
+        if completion is None:
+            assert self.stored is not None
+            completion = replay.completion_of(self.stored)
+        return Answer(
+            message=completion.message,
+            finish_reason=completion.finish_reason,
+            usage=completion.usage,
+            model=completion.model,
+            id=completion.id,
+            native=completion.native,
+            provider=self.provider,
+            cost_usd=self.cost_usd,
+            cached=self.cache == "hit",
+            request_id=self.request_id,
+        )

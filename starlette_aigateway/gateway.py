@@ -1,0 +1,403 @@
+"""`AIGateway`: where everything is composed, the in-process API, and an ASGI app to mount."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import time
+import weakref
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from limits.aio.storage import Storage
+from starlette.requests import HTTPConnection
+from starlette.types import Receive, Scope, Send
+
+from .accounts import GATEWAY_SCOPE
+from .administration import Administration
+from .background import Background
+from .cache import DiskResponseCache
+from .caller import Caller
+from .errors import ConfigurationError, InvalidArgument
+from .http.app import HTTPApp
+from .http.door import AuthorizeAdmin, Door, ResolvePrincipal
+from .lifecycle import Lifecycle
+from .limiter import Limiter
+from .observing import Observers
+from .pipeline import Pipeline, Services
+from .policy import keys as key_policy
+from .policy.caching import CachePolicy
+from .policy.estimate import MIN_OUTPUT_TOKENS
+from .policy.pricing import ConfiguredPrices, PriceBook
+from .policy.routing import RetryPolicy
+from .protocols import Clock, KeyStore, Ledger, Observer, PriceStore, PromptStore, ResponseCache, TenantStore
+from .providers.simple import RegisteredProvider, adapt
+from .stores.sqlite.config import ConfigDatabase
+from .stores.sqlite.connection import prepare_directory
+from .stores.sqlite.keys import SQLiteKeyStore
+from .stores.sqlite.ledger import SQLiteLedger
+from .stores.sqlite.prices import SQLitePriceStore
+from .stores.sqlite.prompts import SQLitePromptStore
+from .stores.sqlite.tenants import SQLiteTenantStore
+from .stores.sqlite.windows import SQLiteWindowStorage
+from .streams import AnswerStream
+from .types import (
+    Answer,
+    CacheControl,
+    CallOptions,
+    CompletionRequest,
+    Limits,
+    Principal,
+    Timeouts,
+)
+
+MAX_BODY_BYTES = 10 * 2**20
+
+
+class AIGateway(Administration):
+    """An AI gateway inside your app: mount it, or call it in process; both are metered alike.
+
+    `providers` are tried in order. `data_dir` holds keys, ledger, windows, prompts and cache of one host; each may be replaced by
+    a store of your own (`keys`, `tenants`, `price_store`, `prompts`, `ledger`, `responses`, `windows`); with all of them no `data_dir` is
+    needed.
+    `prices` are USD per million tokens, by model or `(provider, model)`; `public_prices=True` adds those of the extra `prices`.
+    `limits` hold for the gateway as a whole, `default_limits` for principals and keys that bring none.
+
+    `resolve_principal` turns a connection into a `Principal` by the host's own login; `authorize_admin` says who may use the admin
+    routes, which do not exist without it. `default_max_tokens` bounds the output of calls under a cap that give no bound; the budget may
+    lower it down to `min_output_tokens`. `allow_unbounded` names parameters whose cost has no bound and that principals under a cap may
+    use all the same.
+
+    Constructing opens nothing and creates nothing. Raises `ConfigurationError` and `InvalidArgument`, naming the argument.
+    """
+
+    def __init__(
+        self,
+        *,
+        providers: Iterable[object] = (),
+        data_dir: str | os.PathLike[str] | None = None,
+        prices: ConfiguredPrices | None = None,
+        resolve_principal: ResolvePrincipal | None = None,
+        authorize_admin: AuthorizeAdmin | None = None,
+        limits: Limits | None = None,
+        default_limits: Limits | None = None,
+        cache: CachePolicy | None = None,
+        timeouts: Timeouts | None = None,
+        observers: Sequence[Observer] = (),
+        keys: KeyStore | None = None,
+        tenants: TenantStore | None = None,
+        price_store: PriceStore | None = None,
+        prompts: PromptStore | None = None,
+        ledger: Ledger | None = None,
+        responses: ResponseCache | None = None,
+        windows: Storage | None = None,
+        retries: RetryPolicy | None = None,
+        public_prices: bool = False,
+        default_max_tokens: int | None = None,
+        min_output_tokens: int = MIN_OUTPUT_TOKENS,
+        allow_unbounded: Iterable[str] = (),
+        limiter_fail_open: bool = False,
+        max_body_bytes: int = MAX_BODY_BYTES,
+        name: str = "default",
+        clock: Clock = time.time,
+        random: Callable[[int], bytes] = os.urandom,
+    ) -> None:
+        timeouts = timeouts or Timeouts()
+        embedded = Embedded(_directory(data_dir), timeouts, clock, cache or CachePolicy())
+        stores = [keys, tenants, price_store, prompts, ledger, responses, windows]
+        if data_dir is None and any(store is None for store in stores):
+            raise ConfigurationError(
+                "data_dir is required: a directory of this host for keys, ledger and cache; or use AIGateway.in_memory(...) in tests",
+                param="data_dir",
+            )
+        self.name = name
+        self._ledger_store: Ledger = ledger or embedded.ledger()
+        super().__init__(
+            keys=keys or embedded.keys(),
+            tenants=tenants or embedded.tenants(),
+            stored_prices=price_store or embedded.prices(),
+            prompts=prompts or embedded.prompts(),
+            ledger=self._ledger_store,
+            default_limits=_limits(default_limits, "default_limits"),
+            clock=clock,
+            random=random,
+        )
+        self._limits = _limits(limits, "limits") or Limits()
+        self._embedded = embedded if data_dir is not None else None
+        self._providers: dict[str, RegisteredProvider] = {}
+        self._observers = Observers(observers)
+        self._background = Background(timeouts.drain)
+        self._lifecycle = Lifecycle(self._start, self._background, self._observers)
+        self._responses: ResponseCache = responses or embedded.responses()
+        self._storage: Storage = windows or embedded.windows()
+        limiter = Limiter(self._storage, clock=clock, fail_open=limiter_fail_open)
+        for provider in providers:
+            self.register_provider(provider)
+        self._pipeline = Pipeline(
+            Services(
+                providers=self._providers,
+                ledger=self._ledger_store,
+                limiter=limiter,
+                responses=self._responses,
+                prompts=self._prompts,
+                tenants=self._tenants,
+                stored_prices=self._stored_prices,
+                prices=PriceBook(prices, _public_prices() if public_prices else None),
+                background=self._background,
+                clock=clock,
+                random=random,
+                emit=self._observers.emit,
+                limits=self._limits,
+                default_limits=default_limits,
+                cache=cache or CachePolicy(),
+                timeouts=timeouts,
+                retries=retries or RetryPolicy(),
+                default_max_tokens=_positive(default_max_tokens, "default_max_tokens"),
+                min_output_tokens=_positive(min_output_tokens, "min_output_tokens") or MIN_OUTPUT_TOKENS,
+                allow_unbounded=frozenset(allow_unbounded),
+            )
+        )
+        self._door = Door(
+            authenticate=self.authenticate, resolve_principal=resolve_principal, authorize_admin=authorize_admin, limiter=limiter
+        )
+        self._http = HTTPApp(
+            pipeline=self._pipeline,
+            administration=self,
+            door=self._door,
+            observers=self._observers,
+            check=self.check_ready,
+            mint_request_id=self.mint_request_id,
+            max_body_bytes=max_body_bytes,
+        )
+
+    @classmethod
+    def in_memory(cls, **settings: Any) -> AIGateway:
+        """A gateway for tests: real stores in a temporary directory, which is gone when the gateway is."""
+        path = Path(tempfile.gettempdir()) / f"aigateway-{os.getpid()}-{os.urandom(8).hex()}"
+        gateway = cls(data_dir=path, **settings)
+        weakref.finalize(gateway, _remove, path, os.getpid())
+        return gateway
+
+    def __repr__(self) -> str:
+        return f"AIGateway(name={self.name!r}, providers={list(self._providers)})"
+
+    # -- composition -------------------------------------------------------------------------------------------------
+
+    def register_provider(self, provider: object) -> None:
+        """Adds a provider after those that are there. Only before the start. Raises `ConfigurationError` for one that is malformed
+        and for a name that is taken."""
+        registered = adapt(provider)
+        if registered.name in self._providers:
+            raise ConfigurationError(f"two providers are named {registered.name!r}; give one of them another name=", param="providers")
+        if self._lifecycle.started:
+            raise ConfigurationError("providers are registered before the gateway starts", param="providers")
+        self._providers[registered.name] = registered
+
+    async def _start(self, opened: AsyncExitStack) -> None:
+        if self._embedded is not None:
+            prepare_directory(self._embedded.directory)
+            opened.callback(self._embedded.close)
+        stores = (
+            self._keys, self._tenants, self._stored_prices, self._prompts, self._ledger_store, self._responses, self._storage,
+            *(registered.provider for registered in self._providers.values()),
+        )  # fmt: skip
+        for store in {id(store): store for store in stores}.values():
+            if isinstance(store, AbstractAsyncContextManager):
+                await opened.enter_async_context(store)
+        await self._ledger_store.set_caps(GATEWAY_SCOPE, self._limits.caps)
+
+    async def ready(self) -> None:
+        await self._lifecycle.ensure()
+
+    async def check_ready(self) -> None:
+        """Raises `StorageUnavailable` if a call could not be metered now."""
+        await self.ready()
+        await self._ledger_store.ping()
+
+    def lifespan(self, app: object = None) -> AbstractAsyncContextManager[None]:
+        """For the host's lifespan. Stores are open, and work that outlives a request has an owner, while it lasts."""
+        return self._lifecycle.lifespan()
+
+    async def __aenter__(self) -> Self:
+        self._entered = self.lifespan()
+        await self._entered.__aenter__()
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        await self._entered.__aexit__(kind, error, trace)
+
+    # -- calls -------------------------------------------------------------------------------------------------------
+
+    async def complete(
+        self,
+        who: Principal | str,
+        request: CompletionRequest,
+        *,
+        idempotency_key: str | None = None,
+        timeout: float | None = None,
+        tags: Mapping[str, str] | None = None,
+        cache: CacheControl | None = None,
+    ) -> Answer:
+        """A whole answer for a principal or a raw key, limited and billed as over HTTP. Raises any of the errors in `errors.py`."""
+        options = _options(idempotency_key, timeout, tags, cache)
+        principal = await self._principal(who)
+        try:
+            served = await self._pipeline.complete(principal, request, options, self.mint_request_id())
+        finally:
+            await self._tell()
+        return served.answer
+
+    @asynccontextmanager
+    async def stream(
+        self,
+        who: Principal | str,
+        request: CompletionRequest,
+        *,
+        idempotency_key: str | None = None,
+        timeout: float | None = None,
+        tags: Mapping[str, str] | None = None,
+        cache: CacheControl | None = None,
+    ) -> AsyncIterator[AnswerStream]:
+        """The same as a stream of `Chunk`s; `usage` and `cost_usd` are known after its end."""
+        options = _options(idempotency_key, timeout, tags, cache)
+        principal = await self._principal(who)
+        try:
+            async with self._pipeline.stream(principal, request, options, self.mint_request_id()) as stream:
+                yield stream
+        finally:
+            await self._tell()
+
+    async def _principal(self, who: Principal | str) -> Principal:
+        if isinstance(who, Principal):
+            await self.ready()
+            return who
+        return await self.authenticate(who)
+
+    async def _tell(self) -> None:
+        if not self._observers.worked:
+            await self._observers.flush()
+
+    def mint_request_id(self) -> str:
+        return key_policy.mint_id("req_", self._clock(), self._random)
+
+    def acting_as(self, principal: Principal) -> Caller:
+        """The gateway as `principal` sees it, for jobs and for whoever knows already who acts."""
+        if not isinstance(principal, Principal):
+            raise InvalidArgument(f"principal must be a Principal, not {type(principal).__name__}", param="principal")
+
+        async def known() -> Principal:
+            return principal
+
+        return Caller(self._pipeline, self, known, self.mint_request_id)
+
+    def lazy_caller(self, connection: HTTPConnection) -> Caller:
+        """The gateway as whoever sent this request sees it; who that is, is found out at its first use."""
+
+        async def resolved() -> Principal:
+            await self.ready()
+            return await self._door.principal(connection)
+
+        return Caller(self._pipeline, self, resolved, self.mint_request_id)
+
+    async def caller(self, scope: Scope | HTTPConnection) -> Caller:
+        """The gateway as whoever sent this request sees it. Raises `AuthenticationError`."""
+        caller = self.lazy_caller(scope if isinstance(scope, HTTPConnection) else HTTPConnection(scope))
+        await caller.principal()
+        return caller
+
+    # -- ASGI --------------------------------------------------------------------------------------------------------
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await _serve_lifespan(self.lifespan, receive, send)
+        else:
+            await self._http(scope, receive, send)
+
+
+class Embedded:
+    """The stores of one `data_dir`; each object is made at most once, and nothing is opened."""
+
+    def __init__(self, directory: Path, timeouts: Timeouts, clock: Clock, cache: CachePolicy) -> None:
+        self.directory = directory
+        self._timeouts = timeouts
+        self._clock = clock
+        self._cache = cache
+        self._config = ConfigDatabase(directory / "config.db", timeout=timeouts.storage)
+        self._closing: list[Callable[[], None]] = [self._config.close]
+
+    def keys(self) -> KeyStore:
+        return SQLiteKeyStore(self._config)
+
+    def tenants(self) -> TenantStore:
+        return SQLiteTenantStore(self._config)
+
+    def prices(self) -> PriceStore:
+        return SQLitePriceStore(self._config)
+
+    def prompts(self) -> PromptStore:
+        return SQLitePromptStore(self._config)
+
+    def ledger(self) -> Ledger:
+        return SQLiteLedger(self.directory / "ledger.db", timeout=self._timeouts.storage)
+
+    def responses(self) -> ResponseCache:
+        return DiskResponseCache(self.directory / "cache", size_limit=self._cache.size_limit_bytes, clock=self._clock)
+
+    def windows(self) -> Storage:
+        return SQLiteWindowStorage(path=self.directory / "windows.db", clock=self._clock, timeout=self._timeouts.storage)
+
+    def close(self) -> None:
+        for close in self._closing:
+            close()
+
+
+def _directory(data_dir: str | os.PathLike[str] | None) -> Path:
+    if data_dir is None:
+        return Path(os.devnull)  # never used: every store is the host's own
+    if not isinstance(data_dir, str | os.PathLike) or not os.fspath(data_dir):
+        raise ConfigurationError(f"data_dir must be a path, not {type(data_dir).__name__}", param="data_dir")
+    return Path(data_dir)
+
+
+def _limits(limits: Limits | None, name: str) -> Limits | None:
+    if limits is not None and not isinstance(limits, Limits):
+        raise ConfigurationError(f"{name} must be Limits(...), not {type(limits).__name__}", param=name)
+    return limits
+
+
+def _positive(value: int | None, name: str) -> int | None:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        raise ConfigurationError(f"{name} must be a positive integer", param=name)
+    return value
+
+
+def _options(idempotency_key: str | None, timeout: float | None, tags: Mapping[str, str] | None, cache: CacheControl | None) -> CallOptions:
+    return CallOptions(idempotency_key=idempotency_key, timeout=timeout, tags=tags or {}, cache=cache or CacheControl())
+
+
+def _public_prices() -> Any:
+    from .public_prices import PublicPrices  # an extra, loaded only by who asks for it
+
+    return PublicPrices()
+
+
+def _remove(path: Path, pid: int) -> None:
+    if os.getpid() == pid:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+async def _serve_lifespan(lifespan: Callable[[], AbstractAsyncContextManager[None]], receive: Receive, send: Send) -> None:
+    """The ASGI lifespan protocol, for a gateway that is the whole app."""
+    await receive()
+    try:
+        async with lifespan():
+            await send({"type": "lifespan.startup.complete"})
+            await receive()
+    except Exception as error:
+        await send({"type": "lifespan.startup.failed", "message": str(error)})
+        raise
+    await send({"type": "lifespan.shutdown.complete"})

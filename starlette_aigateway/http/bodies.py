@@ -1,0 +1,63 @@
+"""Reading a request's body: counted while it comes, decoded once, refused with a reason."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+from starlette.datastructures import Headers
+from starlette.types import Receive
+
+from ..errors import InvalidRequest, RequestTooLarge, UnsupportedMediaType
+
+
+class ClientLeft(Exception):
+    """The client went away before its request was whole; there is nobody to answer."""
+
+
+async def read(receive: Receive, headers: Headers, limit: int) -> bytes:
+    """The whole body, at most `limit` bytes. Raises `RequestTooLarge`, also by the announced length alone."""
+    announced = headers.get("content-length", "")
+    if announced.isdigit() and int(announced) > limit:
+        raise _too_large(limit)
+    parts: list[bytes] = []
+    size = 0
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientLeft
+        part = message.get("body", b"")
+        size += len(part)
+        if size > limit:
+            raise _too_large(limit)
+        parts.append(part)
+        if not message.get("more_body", False):
+            return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+def _too_large(limit: int) -> RequestTooLarge:
+    return RequestTooLarge(f"the body must be at most {limit} bytes")
+
+
+def require_json(headers: Headers) -> None:
+    """Bodies are `application/json`: a form that another site posts is never taken for one."""
+    media_type = headers.get("content-type", "").partition(";")[0].strip().lower()
+    if media_type != "application/json" and not (media_type.startswith("application/") and media_type.endswith("+json")):
+        raise UnsupportedMediaType(
+            f"the body must be JSON: send the header 'content-type: application/json', not {media_type[:80] or 'none'!r}",
+            param="content-type",
+        )
+
+
+def decode_object(body: bytes) -> dict[str, Any]:
+    """The body as a JSON object. Raises `InvalidRequest`, which says where the JSON is malformed and never repeats it."""
+    try:
+        value = msgspec.json.decode(body)
+    except RecursionError:
+        raise InvalidRequest("the body is nested too deeply", code="invalid_json") from None
+    except (msgspec.DecodeError, UnicodeDecodeError, ValueError) as error:
+        hint = "the body is empty" if not body.strip() else f"the body is not valid JSON: {error}"
+        raise InvalidRequest(hint, code="invalid_json") from None
+    if not isinstance(value, dict):
+        raise InvalidRequest("the body must be a JSON object", code="invalid_json")
+    return value

@@ -1,0 +1,70 @@
+"""The routes that cost money: `/complete` in our own dialect, `/v1/chat/completions` in OpenAI's."""
+
+from __future__ import annotations
+
+import time
+
+import msgspec
+from starlette.responses import Response
+
+from .. import money
+from ..calls import Served
+from ..errors import InvalidRequest
+from ..policy import caching
+from ..types import CallOptions
+from ..wires import openai_chat
+from . import shapes
+from .errors import window_headers
+from .exchange import Exchange
+from .sse import stream_response
+
+
+async def complete(exchange: Exchange) -> Response:
+    """`model`, `messages` or `prompt`, and parameters; answers `{id, model, provider, message, finish_reason, usage, cost_usd, cached}`."""
+    call = openai_chat.decode_request(await exchange.json())
+    if call.request.n is not None and call.request.n != 1:
+        raise InvalidRequest("n must be 1 here; v1/chat/completions gives several choices", param="n")
+    options = call_options(exchange)
+    if call.stream:
+        return stream_response(
+            exchange.pipeline, exchange.principal, call.request, options, exchange.request_id,
+            wire="native", id_headers=exchange.id_headers,
+        )  # fmt: skip
+    served = await exchange.pipeline.complete(exchange.principal, call.request, options, exchange.request_id)
+    body = msgspec.json.encode(shapes.answer(served.answer, call.request.model))
+    return Response(body, 200, served_headers(exchange, served), "application/json")
+
+
+async def chat_completions(exchange: Exchange) -> Response:
+    """OpenAI's Chat Completions, streamed or not; `prompt` references work here too."""
+    call = openai_chat.decode_request(await exchange.json())
+    options = call_options(exchange)
+    if call.stream:
+        return stream_response(
+            exchange.pipeline, exchange.principal, call.request, options, exchange.request_id,
+            wire="openai", include_usage=call.include_usage, id_headers=exchange.id_headers,
+        )  # fmt: skip
+    served = await exchange.pipeline.complete(exchange.principal, call.request, options, exchange.request_id)
+    native = served.native
+    if native is not None and native.wire == openai_chat.WIRE:
+        body = native.body
+    else:
+        body = openai_chat.encode_completion(served.answer, created=int(time.time()))
+    return Response(body, 200, served_headers(exchange, served), "application/json")
+
+
+def call_options(exchange: Exchange) -> CallOptions:
+    headers = exchange.connection.headers
+    return CallOptions(cache=caching.parse_cache_control(headers.get("cache-control")), idempotency_key=headers.get("idempotency-key"))
+
+
+def served_headers(exchange: Exchange, served: Served) -> dict[str, str]:
+    headers = exchange.id_headers | window_headers(served.windows)
+    headers["x-cache"] = served.cache
+    headers["x-aigateway-provider"] = served.provider
+    headers["x-aigateway-cost-usd"] = money.text(served.cost_usd) or "0"
+    if served.age is not None:
+        headers["age"] = str(int(served.age))
+    if served.lowered_to is not None:
+        headers["x-aigateway-max-tokens"] = str(served.lowered_to)
+    return headers

@@ -1,0 +1,147 @@
+"""Who is at the door: the credential of a connection becomes a `Principal`, or an `Admin`, or an error."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable
+from typing import TypeAlias
+from urllib.parse import urlsplit
+
+from msgspec import Struct
+from starlette.exceptions import HTTPException
+from starlette.requests import HTTPConnection
+
+from ..errors import AuthenticationError, NotFound, PermissionDenied, StorageUnavailable
+from ..limiter import Limiter
+from ..policy import keys
+from ..policy.windows import WindowClaim
+from ..types import Principal
+
+FAILED_LOGINS_PER_MINUTE = 60
+log = logging.getLogger("starlette_aigateway")
+
+
+class Admin(Struct, frozen=True):
+    """Who administers. With a `tenant`, only what belongs to that tenant."""
+
+    actor: str
+    tenant: str | None = None
+
+
+ResolvePrincipal: TypeAlias = Callable[[HTTPConnection], Awaitable[Principal | None]]
+AuthorizeAdmin: TypeAlias = Callable[[HTTPConnection], Awaitable[Admin | bool]]
+
+
+def credential(connection: HTTPConnection) -> str | None:
+    """What came as `Authorization: Bearer …` or as `x-api-key`."""
+    scheme, _, token = connection.headers.get("authorization", "").partition(" ")
+    if scheme.lower() == "bearer" and token.strip():
+        return token.strip()
+    return connection.headers.get("x-api-key") or None
+
+
+class Door:
+    def __init__(
+        self,
+        *,
+        authenticate: Callable[[str], Awaitable[Principal]],
+        resolve_principal: ResolvePrincipal | None,
+        authorize_admin: AuthorizeAdmin | None,
+        limiter: Limiter,
+    ) -> None:
+        self._authenticate = authenticate
+        self._resolve_principal = resolve_principal
+        self._authorize_admin = authorize_admin
+        self._limiter = limiter
+
+    async def principal(self, connection: HTTPConnection) -> Principal:
+        """Raises `AuthenticationError`; `RateLimitExceeded` in its place for an address that keeps failing. What the host's resolver
+        refuses with an `HTTPException` below 500 is raised as it is; whatever else it does wrong lets nobody through."""
+        given = credential(connection)
+        try:
+            if given is not None and keys.looks_like_key(given):
+                return await self._authenticate(given)
+            if self._resolve_principal is not None:
+                principal = await _ask(self._resolve_principal, connection, "resolve_principal")
+                if principal is not None:
+                    return _expect(principal)
+            raise _unknown(given)
+        except AuthenticationError:
+            await self._slow_down(connection)
+            raise
+
+    async def _slow_down(self, connection: HTTPConnection) -> None:
+        """Counts a failed login of this address. A valid credential never comes here, so none is ever refused for it."""
+        address = connection.client.host if connection.client is not None else "unknown"
+        await self._limiter.admit([WindowClaim(f"login:{address}", "requests", FAILED_LOGINS_PER_MINUTE)])
+
+    @property
+    def has_admins(self) -> bool:
+        return self._authorize_admin is not None
+
+    async def admin_if_any(self, connection: HTTPConnection) -> Admin | None:
+        """The administrator who sent this, None for anybody else."""
+        if self._authorize_admin is None:
+            return None
+        try:
+            return await self.admin(connection)
+        except (PermissionDenied, HTTPException):
+            return None
+
+    async def admin(self, connection: HTTPConnection) -> Admin:
+        """Raises `NotFound` where the host has no admins, `PermissionDenied` for everybody else. A data key is never an admin key."""
+        if self._authorize_admin is None:
+            raise NotFound("there is no such route")
+        given = credential(connection)
+        if given is not None and keys.looks_like_key(given):
+            raise PermissionDenied("an API key for calls is not an admin credential")
+        check_origin(connection)
+        answer = await _ask(self._authorize_admin, connection, "authorize_admin")
+        if isinstance(answer, Admin):
+            return answer
+        if answer is True:
+            return Admin("host")
+        if answer is False or answer is None:
+            raise PermissionDenied("this is for administrators")
+        log.error("authorize_admin returned %s; it must return an Admin or a bool", type(answer).__name__)
+        raise _login_unavailable()
+
+
+async def _ask(question: Callable[[HTTPConnection], Awaitable[object]], connection: HTTPConnection, name: str) -> object:
+    try:
+        return await question(connection)
+    except HTTPException as refusal:
+        if refusal.status_code < 500:
+            raise
+        raise _login_unavailable() from refusal
+    except AuthenticationError:
+        raise
+    except Exception as error:
+        log.exception("%s failed", name)
+        raise _login_unavailable() from error
+
+
+def _login_unavailable() -> StorageUnavailable:
+    return StorageUnavailable("the login of this service is unavailable", code="login_unavailable")
+
+
+def _expect(principal: object) -> Principal:
+    if not isinstance(principal, Principal):
+        log.error("resolve_principal returned %s; it must return a Principal or None", type(principal).__name__)
+        raise _login_unavailable()
+    return principal
+
+
+def _unknown(given: str | None) -> AuthenticationError:
+    if given is None:
+        return AuthenticationError("no API key: send 'Authorization: Bearer <key>' or 'x-api-key: <key>'", code="missing_api_key")
+    return AuthenticationError(f"this credential is not known; API keys start with {keys.PREFIX!r}")
+
+
+def check_origin(connection: HTTPConnection) -> None:
+    """A browser that is logged in by a cookie may only change things from the host's own pages (CSRF). Raises `PermissionDenied`."""
+    origin = connection.headers.get("origin")
+    if origin is None or connection.scope.get("method") in ("GET", "HEAD") or "cookie" not in connection.headers:
+        return
+    if urlsplit(origin).netloc != connection.headers.get("host"):
+        raise PermissionDenied("this request comes from another origin", code="foreign_origin")

@@ -1,0 +1,112 @@
+"""Errors as the callers of HTTP see them: one table, one shape. A test walks all error classes against the table."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from .. import errors
+from ..errors import AIGatewayError, ProviderError, RateLimitExceeded, SpendCapExceeded, SpendCapHeld
+from ..types import WindowState
+
+STATUS: dict[type[AIGatewayError], tuple[int, str]] = {
+    errors.AIGatewayError: (500, "api_error"),
+    errors.RequestError: (400, "invalid_request_error"),
+    errors.AuthenticationError: (401, "authentication_error"),
+    errors.PermissionDenied: (403, "permission_error"),
+    errors.InvalidRequest: (400, "invalid_request_error"),
+    errors.InvalidArgument: (400, "invalid_request_error"),
+    errors.UnprocessableRequest: (422, "invalid_request_error"),
+    errors.RequestTooLarge: (413, "invalid_request_error"),
+    errors.UnsupportedMediaType: (415, "invalid_request_error"),
+    errors.NotFound: (404, "not_found_error"),
+    errors.Conflict: (409, "conflict_error"),
+    errors.RateLimitExceeded: (429, "rate_limit_error"),
+    errors.TooManyParallelRequests: (429, "rate_limit_error"),
+    errors.SpendCapExceeded: (402, "insufficient_quota"),
+    errors.SpendCapHeld: (402, "insufficient_quota"),
+    errors.CostUnbounded: (402, "insufficient_quota"),
+    errors.ProviderError: (502, "provider_error"),
+    errors.ProviderTimeout: (504, "provider_error"),
+    errors.ProviderRejected: (400, "invalid_request_error"),
+    errors.NoProviderAvailable: (503, "provider_error"),
+    errors.StorageUnavailable: (503, "api_error"),
+    errors.PriceUnknown: (503, "api_error"),
+    errors.ConfigurationError: (503, "api_error"),
+}
+
+UNCONFIGURED = "the gateway is not configured correctly; the host's log says what to mend"
+
+
+def status_of(error: AIGatewayError) -> tuple[int, str]:
+    """The HTTP status and the `type` of an error, also of a subclass that a host made."""
+    for ancestor in type(error).__mro__:
+        if ancestor in STATUS:
+            return STATUS[ancestor]
+    raise AssertionError  # AIGatewayError itself is in the table
+
+
+def error_object(error: AIGatewayError) -> dict[str, Any]:
+    """`{"error": {...}}`: the OpenAI shape, with `request_id` and `details` more."""
+    hidden = isinstance(error, errors.ConfigurationError)
+    return {
+        "error": {
+            "message": UNCONFIGURED if hidden else error.message,
+            "type": status_of(error)[1],
+            "code": error.code,
+            "param": None if hidden else error.param,
+            "request_id": error.request_id,
+            "details": None if hidden else error.details,
+        }
+    }
+
+
+def error_response(error: AIGatewayError) -> Response:
+    status, _ = status_of(error)
+    return Response(msgspec.json.encode(error_object(error)), status, error_headers(error), "application/json")
+
+
+def error_headers(error: AIGatewayError) -> dict[str, str]:
+    headers = {"cache-control": "no-store"}
+    if error.retry_after is not None and math.isfinite(error.retry_after):
+        headers["retry-after"] = str(math.ceil(error.retry_after))
+        headers["retry-after-ms"] = str(math.ceil(error.retry_after * 1000))
+    if is_final(error):
+        headers["x-should-retry"] = "false"
+    if isinstance(error, RateLimitExceeded):
+        headers |= window_headers(error.states)
+    if isinstance(error, errors.AuthenticationError):
+        headers["www-authenticate"] = "Bearer"
+    return headers
+
+
+def is_final(error: AIGatewayError) -> bool:
+    """Whether the official clients must be told not to retry: they would for 5xx, and the gateway has retried already."""
+    if isinstance(error, SpendCapExceeded):
+        return not isinstance(error, SpendCapHeld)
+    return isinstance(error, ProviderError) and error.retry_after is None
+
+
+def window_headers(states: Sequence[WindowState]) -> dict[str, str]:
+    """`x-ratelimit-*` of the tightest window of each kind, in OpenAI's sense: what is left now, and when it is as good as unused."""
+    headers: dict[str, str] = {}
+    for kind in ("requests", "tokens"):
+        of_kind = [state for state in states if state.claim.kind == kind]
+        if of_kind:
+            tightest = min(of_kind, key=lambda state: state.remaining)
+            headers[f"x-ratelimit-limit-{kind}"] = str(tightest.claim.limit)
+            headers[f"x-ratelimit-remaining-{kind}"] = str(tightest.remaining)
+            headers[f"x-ratelimit-reset-{kind}"] = f"{math.ceil(tightest.reset_after * 1000) / 1000:g}s"
+    return headers
+
+
+def host_refusal(refusal: HTTPException, request_id: str) -> Response:
+    """A refusal by the host's own login, with its status and headers, in our shape."""
+    error = AIGatewayError(refusal.detail, code="refused_by_host")
+    error.request_id = request_id
+    return Response(msgspec.json.encode(error_object(error)), refusal.status_code, dict(refusal.headers or {}), "application/json")

@@ -1,0 +1,125 @@
+"""`AIGatewayMiddleware`: the gateway at home in any ASGI app, as pure ASGI."""
+
+from __future__ import annotations
+
+from starlette.requests import HTTPConnection
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from .errors import AIGatewayError, ConfigurationError
+from .gateway import AIGateway
+from .http.errors import error_response
+
+
+class AIGatewayMiddleware:
+    """Starts and stops `gateway` with the host's lifespan, and puts a `Caller` into the state of every request (`request.state.aigateway`;
+    `state_name` renames it).
+
+    With a `path` such as `/api/ai-gateway` it also serves the gateway below it; without one the host mounts it. An error of the
+    gateway that leaves one of the host's own routes becomes its JSON answer.
+    """
+
+    def __init__(self, app: ASGIApp, gateway: AIGateway, *, path: str | None = None, state_name: str = "aigateway") -> None:
+        if not isinstance(gateway, AIGateway):
+            raise ConfigurationError(f"gateway must be an AIGateway, not {type(gateway).__name__}", param="gateway")
+        if path is not None and (not path.startswith("/") or path.rstrip("/") == ""):
+            raise ConfigurationError("path must start with '/' and name a segment, such as '/api/ai-gateway'", param="path")
+        self.app = app
+        self.gateway = gateway
+        self._path = path.rstrip("/") if path is not None else None
+        self._state_name = state_name
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await Lifespan(self.app, self.gateway)(scope, receive, send)
+        elif scope["type"] not in ("http", "websocket"):
+            await self.app(scope, receive, send)
+        elif self._path is not None and scope["type"] == "http" and (inner := self._inside(scope, self._path)) is not None:
+            await self.gateway(inner, receive, send)
+        else:
+            scope.setdefault("state", {})[self._state_name] = self.gateway.lazy_caller(HTTPConnection(scope))
+            await self._host(scope, receive, send)
+
+    def _inside(self, scope: Scope, path: str) -> Scope | None:
+        """The scope of a request below `path`, which then counts as its root. None: it is the host's."""
+        root: str = scope.get("root_path", "")
+        whole: str = scope["path"]
+        below = whole[len(root) :] if root and whole.startswith(root + "/") else whole
+        if below != path and not below.startswith(path + "/"):
+            return None
+        mounted = whole[: len(whole) - len(below)] + path
+        return {**scope, "root_path": mounted}
+
+    async def _host(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        begun = False
+
+        async def watched(message: Message) -> None:
+            nonlocal begun
+            begun = begun or message["type"] == "http.response.start"
+            await send(message)
+
+        try:
+            await self.app(scope, receive, watched)
+        except AIGatewayError as error:
+            if begun:
+                raise
+            await error_response(error)(scope, receive, send)
+
+
+class Lifespan:
+    """The host's lifespan inside the gateway's. A host that has none gets one here."""
+
+    def __init__(self, app: ASGIApp, gateway: AIGateway) -> None:
+        self._app = app
+        self._gateway = gateway
+        self._answered = False
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        startup = await receive()
+        last: Message | None = None
+        try:
+            async with self._gateway.lifespan():
+                last = await self._run_host(scope, startup, receive, send)
+        except AIGatewayError as error:
+            if self._answered:
+                raise
+            await send({"type": "lifespan.startup.failed", "message": str(error)})
+            return
+        if last is not None:
+            await send(last)
+
+    async def _run_host(self, scope: Scope, startup: Message, receive: Receive, send: Send) -> Message | None:
+        """Gives back the host's last message: it goes out when the gateway has stopped too."""
+        first: list[Message] = [startup]
+        last: Message | None = None
+
+        async def replay() -> Message:
+            return first.pop() if first else await receive()
+
+        async def hold_back(message: Message) -> None:
+            nonlocal last
+            if message["type"].startswith("lifespan.shutdown."):
+                last = message
+                return
+            self._answered = True
+            await send(message)
+
+        try:
+            await self._app(scope, replay, hold_back)
+        except Exception:
+            if self._answered:
+                raise
+            await self._stand_in(receive, send)
+            return {"type": "lifespan.shutdown.complete"}
+        if not self._answered:
+            await self._stand_in(receive, send)
+            return {"type": "lifespan.shutdown.complete"}
+        return last
+
+    async def _stand_in(self, receive: Receive, send: Send) -> None:
+        """For a host that does not know the lifespan protocol."""
+        self._answered = True
+        await send({"type": "lifespan.startup.complete"})
+        await receive()

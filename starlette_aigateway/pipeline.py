@@ -1,0 +1,423 @@
+"""The way of one call, top to bottom. `complete` and `stream` share everything up to the attempt.
+
+    render     prompt reference -> messages
+    plan       model -> ordered, priced targets
+    authorize  requested name vs allowed models
+    limit      request and token windows
+    lookup     a cached answer is recorded at cost 0
+    flight     an identical call in the air is waited for
+    attempt    hold -> call -> settle | release, at one target after another
+    keep       the answer goes into the cache
+
+Values flow forward; each step takes what it needs and returns what it found.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
+
+import anyio
+
+from . import replay
+from .accounts import GATEWAY_SCOPE, ScopeClaim, UsageRecord, principal_scope, tenant_scope
+from .attempts import Attempts
+from .background import Background, Job
+from .calls import Call, Done, Offer, PricedTarget, Served
+from .errors import AIGatewayError, CostUnbounded, NotFound, PriceUnknown, ProviderTimeout
+from .events import CallRecorded, CallRefused, Event
+from .flights import Flights
+from .limiter import Limiter
+from .policy import caching, estimate, keys, prompts, routing
+from .policy.caching import CachedAnswer, CachedCompletion, CachedEvents, CachePolicy
+from .policy.defaults import with_defaults
+from .policy.pricing import PriceBook
+from .policy.routing import Plan, RetryPolicy
+from .policy.windows import WindowClaim
+from .protocols import Clock, Ledger, PriceStore, PromptStore, ResponseCache, TenantStore
+from .providers.simple import RegisteredProvider
+from .streams import AnswerStream, LiveStream, Relay, StoredStream
+from .types import (
+    CallOptions,
+    CompletionRequest,
+    Limits,
+    Principal,
+    Tenant,
+    Timeouts,
+    Usage,
+)
+from .wires import openai_chat
+
+MAX_PLANS = 1024
+NO_LIMITS = Limits()
+log = logging.getLogger("starlette_aigateway")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Services:
+    """Everything that the pipeline works with; composed in `gateway.py`."""
+
+    providers: Mapping[str, RegisteredProvider]
+    ledger: Ledger
+    limiter: Limiter
+    responses: ResponseCache
+    prompts: PromptStore
+    tenants: TenantStore
+    stored_prices: PriceStore
+    prices: PriceBook
+    background: Background
+    clock: Clock
+    random: Callable[[int], bytes]
+    emit: Callable[[Event], None]
+    limits: Limits
+    default_limits: Limits | None
+    cache: CachePolicy
+    timeouts: Timeouts
+    retries: RetryPolicy
+    default_max_tokens: int | None
+    min_output_tokens: int
+    allow_unbounded: frozenset[str]
+
+
+class Pipeline:
+    def __init__(self, services: Services) -> None:
+        self._s = services
+        self._plans: dict[str, Plan] = {}
+        self._flights = Flights()
+        self._renderer = prompts.Renderer()
+        self._attempts = Attempts(
+            ledger=services.ledger,
+            clock=services.clock,
+            random=services.random,
+            timeouts=services.timeouts,
+            retries=services.retries,
+            emit=services.emit,
+        )
+
+    async def complete(self, principal: Principal, request: CompletionRequest, options: CallOptions, request_id: str) -> Served:
+        """A whole answer. Raises any of the errors in `errors.py`, their `request_id` set."""
+        with self._telling(principal, request, request_id):
+            call = await self._admit(principal, request, options, request_id, stream=False)
+            stored = await self._lookup(call)
+            if stored is not None:
+                return await self._serve_stored(call, stored)
+            return await self._fly(call, await self._offer(call))
+
+    @asynccontextmanager
+    async def stream(
+        self, principal: Principal, request: CompletionRequest, options: CallOptions, request_id: str
+    ) -> AsyncIterator[AnswerStream]:
+        """An open stream, past its first content: what refuses the call, or fails at every provider, is raised before the block."""
+        with self._telling(principal, request, request_id):
+            call = await self._admit(principal, request, options, request_id, stream=True)
+            stored = await self._lookup(call)
+            if stored is not None:
+                await self._record_free(call, stored.provider, stored.content.model, stored.usage)
+            else:
+                offer = await self._offer(call)
+        if stored is not None:
+            yield StoredStream(replay.items_of(stored), call, provider=stored.provider, age=caching.age(stored, self._s.clock()))
+            return
+        relay = Relay(keep=self._s.cache.max_entry_bytes)
+
+        async def work(job: Job[Done]) -> Done:
+            done = await self._attempts.stream(call, offer, job, relay)
+            await self._keep_stream(call, done, relay)
+            return done
+
+        async with self._s.background.start(work) as job:
+            with relay.receiver:
+                with self._telling(principal, request, request_id):
+                    await relay.opened.wait()
+                    if relay.closed:
+                        await job.result()
+                yield LiveStream(job, relay, call)
+
+    # -- before the first attempt ------------------------------------------------------------------------------------
+
+    async def _admit(
+        self, principal: Principal, request: CompletionRequest, options: CallOptions, request_id: str, *, stream: bool
+    ) -> Call:
+        """Renders, plans, authorizes and limits; what comes out may be answered."""
+        started = anyio.current_time()
+        openai_chat.validate(request)
+        requested = request.model
+        request, prompt = await self._render(principal, request)
+        plan = self._plan(request.model)
+        keys.authorize(principal, requested or request.model)
+        limits = with_defaults(principal, self._s.default_limits)
+        tenant = await self._tenant(principal)
+        claims = self._claims(principal, limits, tenant, request)
+        windows = await self._s.limiter.admit(claims)
+        return Call(
+            request_id=request_id,
+            principal=principal,
+            request=request,
+            options=options,
+            stream=stream,
+            plan=plan,
+            scopes=self._scopes(principal, limits, tenant),
+            capped=limits.capped or tenant.capped or self._s.limits.capped,
+            claims=claims,
+            windows=windows,
+            cache_key=self._cache_key(principal, request, options, plan, stream=stream),
+            started=started,
+            admitted_at=self._s.clock(),
+            deadline=started + min(self._s.timeouts.call, options.timeout or self._s.timeouts.call),
+            prompt=prompt,
+        )
+
+    async def _render(self, principal: Principal, request: CompletionRequest) -> tuple[CompletionRequest, str | None]:
+        """The request with its prompt's messages and settings; what the caller sets itself wins over a setting."""
+        reference = request.prompt
+        if reference is None:
+            return request, None
+        prompt = await self._s.prompts.get(reference.name, version=reference.version, label=reference.label, tenant=principal.tenant_id)
+        if prompt is None:
+            wanted = f"version {reference.version}" if reference.version is not None else f"label {reference.label or prompts.PRODUCTION!r}"
+            raise NotFound(f"there is no prompt {reference.name!r} with {wanted}", code="prompt_not_found", param="prompt")
+        messages = (*self._renderer.render(prompt, reference.variables), *request.messages)
+        rendered = prompts.applied(prompt, request, messages)
+        openai_chat.validate(rendered)
+        return rendered, f"{prompt.name}@{prompt.version}"
+
+    def _plan(self, model: str) -> Plan:
+        plan = self._plans.get(model)
+        if plan is None:
+            plan = routing.plan(model, tuple(self._s.providers.values()))
+            if len(self._plans) >= MAX_PLANS:
+                self._plans.clear()
+            self._plans[model] = plan
+        return plan
+
+    async def _tenant(self, principal: Principal) -> Limits:
+        if principal.tenant is None:
+            return NO_LIMITS
+        if isinstance(principal.tenant, Tenant):
+            return principal.tenant
+        return await self._s.tenants.get(principal.tenant) or NO_LIMITS
+
+    def _claims(self, principal: Principal, limits: Limits, tenant: Limits, request: CompletionRequest) -> tuple[WindowClaim, ...]:
+        claims: list[WindowClaim] = []
+        tokens: int | None = None
+        for scope, owner in self._owners(principal, limits, tenant):
+            if owner.requests_per_minute is not None:
+                claims.append(WindowClaim(scope, "requests", owner.requests_per_minute))
+            if owner.tokens_per_minute is not None:
+                tokens = tokens or estimate.tokens_for_window(request, request.max_tokens)
+                claims.append(WindowClaim(scope, "tokens", owner.tokens_per_minute, tokens))
+        return tuple(claims)
+
+    def _scopes(self, principal: Principal, limits: Limits, tenant: Limits) -> tuple[ScopeClaim, ...]:
+        """Caps of None are stored ones: those of a tenant by name and of the gateway are read inside the ledger's transaction."""
+        caps_of = {principal_scope(principal.id): limits.caps}
+        if isinstance(principal.tenant, Tenant):
+            caps_of[tenant_scope(principal.tenant.id)] = principal.tenant.caps
+        return tuple(
+            ScopeClaim(scope, caps_of.get(scope), owner.max_parallel_requests) for scope, owner in self._owners(principal, limits, tenant)
+        )
+
+    def _owners(self, principal: Principal, limits: Limits, tenant: Limits) -> Sequence[tuple[str, Limits]]:
+        """Whose limits hold, in the fixed order in which all of them are taken."""
+        if principal.tenant_id is None:
+            return ((principal_scope(principal.id), limits), (GATEWAY_SCOPE, self._s.limits))
+        return (
+            (principal_scope(principal.id), limits),
+            (tenant_scope(principal.tenant_id), tenant),
+            (GATEWAY_SCOPE, self._s.limits),
+        )
+
+    # -- answers that cost nothing -----------------------------------------------------------------------------------
+
+    def _cache_key(self, principal: Principal, request: CompletionRequest, options: CallOptions, plan: Plan, *, stream: bool) -> str | None:
+        """None: the call wants neither to read nor to store, or the cache is off."""
+        if not self._s.cache.enabled or not (options.cache.read or options.cache.store):
+            return None
+        return caching.cache_key(request, stream=stream, plan=plan.fingerprint, scope=caching.shared_by(self._s.cache.scope, principal))
+
+    async def _lookup(self, call: Call) -> CachedAnswer | None:
+        if call.cache_key is None or not call.options.cache.read:
+            return None
+        value = await self._s.responses.get(call.cache_key)
+        stored = None if value is None else caching.decode(value)
+        if stored is None or not caching.fresh(stored, call.options.cache, self._s.clock(), self._s.cache.ttl):
+            return None
+        return stored
+
+    async def _serve_stored(self, call: Call, stored: CachedAnswer) -> Served:
+        await self._record_free(call, stored.provider, stored.content.model, stored.usage)
+        return Served(
+            request_id=call.request_id,
+            provider=stored.provider,
+            cost=0,
+            cache="hit",
+            windows=call.windows,
+            age=caching.age(stored, self._s.clock()),
+            stored=stored,
+        )
+
+    async def _record_free(self, call: Call, provider: str, response_model: str | None, usage: Usage | None) -> None:
+        """The record of an answer at cost zero. Its tokens count in no window: what the estimate took is given back."""
+        now = self._s.clock()
+        record = UsageRecord(
+            id=keys.mint_id("use_", now, self._s.random),
+            request_id=call.request_id,
+            attempt=1,
+            created_at=now,
+            principal=call.principal.id,
+            tenant=call.principal.tenant_id,
+            key_id=call.principal.key_id,
+            provider=provider,
+            model=call.plan.model,
+            response_model=response_model,
+            usage=usage or Usage(input_tokens=0, output_tokens=0),
+            cost=0,
+            price=None,
+            outcome="cached",
+            latency_ms=round((anyio.current_time() - call.started) * 1000),
+            prompt=call.prompt,
+            tags=call.options.tags,
+        )
+        await self._s.ledger.record(record)
+        self._s.emit(CallRecorded(record=record))
+        await self._s.limiter.correct(call.claims, 0, admitted_at=call.admitted_at)
+
+    # -- answers of a provider ---------------------------------------------------------------------------------------
+
+    def _refuse_unbounded(self, request: CompletionRequest) -> None:
+        parameter = openai_chat.unbounded_parameter(request)
+        if parameter is not None and parameter not in self._s.allow_unbounded:
+            raise CostUnbounded(
+                f"{parameter} has no upper bound of cost, and this account has a spend cap; leave it out, or have the host allow it "
+                f"with allow_unbounded={{{parameter!r}}}",
+                param=parameter,
+            )
+
+    async def _offer(self, call: Call) -> Offer:
+        """The targets with their prices and with what each has to hold. Under a cap, those that cannot be held are left out."""
+        plan, request = call.plan, call.request
+        if call.capped:
+            self._refuse_unbounded(request)
+        input_tokens = estimate.input_bound(request, extra=openai_chat.inline_images(request) * openai_chat.MAX_IMAGE_TOKENS)
+        stored = await self._s.stored_prices.all()
+        priced = []
+        unbounded = 0
+        for target in plan.targets:
+            provider = self._s.providers[target.provider]
+            price = self._s.prices.lookup(target.provider, target.upstream, plan.model, stored)
+            if call.capped and price is None:
+                continue
+            if call.capped and not provider.bounds_output and provider.max_output_tokens is None:
+                unbounded += 1
+                continue
+            ask = estimate.ask(
+                request,
+                input_tokens,
+                price=price,
+                default_max_tokens=self._s.default_max_tokens,
+                model_maximum=provider.max_output_tokens,
+                min_output_tokens=self._s.min_output_tokens,
+            )
+            priced.append(PricedTarget(target, provider, price, ask))
+        if priced:
+            return Offer(targets=tuple(priced), input_tokens=input_tokens, bounded=call.capped)
+        if unbounded:
+            raise CostUnbounded(
+                f"no provider of {plan.model!r} can bound its output, and this account has a spend cap; the host may give the provider "
+                "max_output_tokens",
+                param="model",
+            )
+        raise PriceUnknown(f"the host has set no price for the model {plan.model!r}, and this account has a spend cap", param="model")
+
+    async def _fly(self, call: Call, offer: Offer) -> Served:
+        """Runs the call, or waits for an identical one that is in the air."""
+        key = call.cache_key
+        if key is None or not (call.options.cache.read and call.options.cache.store) or not self._s.background.shared:
+            return self._served(call, await self._s.background.run(lambda job: self._attempt(call, offer, job)))
+        flight = self._flights.find(key)
+        if flight is not None:
+            with anyio.move_on_at(call.deadline):
+                await flight.landed.wait()
+            if not flight.landed.is_set():
+                raise ProviderTimeout("an identical call was waited for, and did not end in time", billed="no")
+            if flight.done is not None and flight.done.completion is not None:
+                return await self._serve_joined(call, flight.done)
+            return self._served(call, await self._s.background.run(lambda job: self._attempt(call, offer, job)))
+        self._flights.take_off(key)
+        return self._served(call, await self._s.background.run(lambda job: self._lead(call, offer, key, job)))
+
+    async def _lead(self, call: Call, offer: Offer, key: str, job: Job[Done]) -> Done:
+        done: Done | None = None
+        try:
+            done = await self._attempt(call, offer, job)
+            return done
+        finally:
+            self._flights.land(key, done if done is not None and done.lowered_to is None else None)
+
+    async def _attempt(self, call: Call, offer: Offer, job: Job[Done]) -> Done:
+        done = await self._attempts.complete(call, offer, job)
+        await self._keep(call, done)
+        return done
+
+    async def _serve_joined(self, call: Call, done: Done) -> Served:
+        completion = done.completion
+        assert completion is not None
+        await self._record_free(call, done.provider, completion.model, completion.usage)
+        return Served(
+            request_id=call.request_id, provider=done.provider, cost=0, cache="hit", windows=call.windows, age=0.0, completion=completion
+        )
+
+    def _served(self, call: Call, done: Done) -> Served:
+        return Served(
+            request_id=call.request_id,
+            provider=done.provider,
+            cost=done.cost,
+            cache="miss" if call.cache_key is not None else "bypass",
+            windows=call.windows,
+            lowered_to=done.lowered_to,
+            completion=done.completion,
+        )
+
+    # -- after an answer ---------------------------------------------------------------------------------------------
+
+    async def _keep(self, call: Call, done: Done) -> None:
+        completion = done.completion
+        if completion is not None:
+            await self._store(call, done, caching.kept(completion))
+        await self._correct_windows(call, done)
+
+    async def _keep_stream(self, call: Call, done: Done, relay: Relay) -> None:
+        if relay.meter.whole and call.cache_key is not None:
+            await self._store(call, done, replay.kept(relay.meter.items))
+        await self._correct_windows(call, done)
+
+    async def _store(self, call: Call, done: Done, content: CachedCompletion | CachedEvents) -> None:
+        if call.cache_key is None or not call.options.cache.store:
+            return
+        answer = CachedAnswer(stored_at=self._s.clock(), provider=done.provider, model=call.plan.model, content=content)
+        value = caching.encode(answer)
+        if value is not None and caching.storable(
+            answer.finish_reason,
+            complete=answer.finish_reason is not None,
+            bound_lowered=done.lowered_to is not None,
+            size=len(value),
+            policy=self._s.cache,
+        ):
+            await self._s.responses.put(call.cache_key, value, self._s.cache.ttl)
+
+    async def _correct_windows(self, call: Call, done: Done) -> None:
+        if done.record is not None:
+            usage = done.record.usage
+            await self._s.limiter.correct(call.claims, usage.input_tokens + usage.output_tokens, admitted_at=call.admitted_at)
+
+    @contextmanager
+    def _telling(self, principal: Principal, request: CompletionRequest, request_id: str) -> Iterator[None]:
+        """Errors leave with the id of their call, and observers hear of them."""
+        try:
+            yield
+        except AIGatewayError as error:
+            error.request_id = request_id
+            self._s.emit(CallRefused(request_id=request_id, principal=principal.id, model=request.model or None, code=error.code))
+            raise

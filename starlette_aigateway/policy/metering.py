@@ -1,0 +1,50 @@
+"""How an attempt is booked: the outcome table of design section 4 as pure functions. Amounts are nano-USD."""
+
+from __future__ import annotations
+
+from ..accounts import Hold, Settlement
+from ..errors import ProviderError
+from ..types import Completion, Price, Usage
+from . import pricing
+
+
+def completed(hold: Hold, price: Price | None, usage: Usage, *, bounded: bool, reported: bool, model: str | None, latency_ms: int) -> Settlement:
+    """An answer came. `reported` usage is booked as it is; else `usage` is the estimate. `bounded`: the output was bounded by the
+    gateway, so an amount above the hold means that the provider passed its bound."""
+    amount = pricing.cost(usage, price)
+    if not reported:
+        return Settlement(
+            outcome="estimated", amount=min(amount, hold.amount) if bounded else amount, usage=usage, response_model=model, latency_ms=latency_ms
+        )
+    outcome = "overrun" if bounded and amount > hold.amount else "completed"
+    return Settlement(outcome=outcome, amount=amount, usage=usage, response_model=model, latency_ms=latency_ms)
+
+
+def failed(hold: Hold, price: Price | None, error: ProviderError, *, received: Usage | None, latency_ms: int) -> Settlement | None:
+    """A provider failed. None: it charged nothing, the hold is released. `received` is what had come of a stream by then, its input
+    at the bound: at least that is booked, the full hold otherwise, since nobody knows."""
+    if error.billed == "no":
+        return None
+    if isinstance(error.billed, Usage):
+        amount = pricing.cost(error.billed, price)
+        return Settlement(
+            outcome="overrun" if amount > hold.amount else "completed", amount=amount, usage=error.billed, latency_ms=latency_ms
+        )
+    floor = 0 if received is None else pricing.cost(received, price)
+    return Settlement(outcome="ambiguous", amount=max(hold.amount, floor), usage=received, latency_ms=latency_ms)
+
+
+def abandoned(hold: Hold, price: Price | None, *, received: Usage | None, latency_ms: int) -> Settlement:
+    """The client left and the answer was not read to its end. `received`: the input at its bound and the output that had come; None:
+    nothing had come, and the provider may be working on all of it."""
+    if received is None:
+        return Settlement(outcome="ambiguous", amount=hold.amount, latency_ms=latency_ms)
+    return Settlement(outcome="estimated", amount=pricing.cost(received, price), usage=received, latency_ms=latency_ms)
+
+
+def reported_usage(completion: Completion) -> Usage | None:
+    """The usage of an answer, if the provider gave one that can be true."""
+    usage = completion.usage
+    if usage is None or usage.input_tokens < 0 or usage.output_tokens < 0:
+        return None
+    return usage

@@ -1,0 +1,84 @@
+"""A stream becomes a cached answer, and a cached answer becomes a stream or a whole."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from .policy import caching
+from .policy.caching import CachedAnswer, CachedCompletion, CachedEvents
+from .types import Chunk, Completion, Message, RawEvents, StreamItem
+from .wires import openai_chat
+
+
+def kept(items: Sequence[StreamItem]) -> CachedCompletion | CachedEvents:
+    """What is kept of a complete stream: its own bytes if all of it came on the wire, else the answer that it makes."""
+    events = _events(items)
+    if events is None:
+        return caching.kept(openai_chat.assemble(items))
+    ends = [item for item in items if isinstance(item, Chunk)]
+    return CachedEvents(
+        wire=openai_chat.WIRE,
+        data=events,
+        finish_reason=next((chunk.finish_reason for chunk in ends if chunk.finish_reason is not None), None),
+        usage=next((chunk.usage for chunk in reversed(ends) if chunk.usage is not None), None),
+        model=next((chunk.model for chunk in ends if chunk.model is not None), None),
+    )
+
+
+def completion_of(stored: CachedAnswer) -> Completion:
+    """The whole answer; decoded from the provider's own bytes where those are what was kept."""
+    content = stored.content
+    if isinstance(content, CachedEvents):
+        return openai_chat.assemble(items_of(stored))
+    if content.native is not None:
+        return openai_chat.decode_completion(content.native.body)
+    return Completion(
+        message=_message(content),
+        finish_reason=content.finish_reason,
+        usage=content.usage,
+        model=content.model,
+        id=content.id,
+    )
+
+
+def items_of(stored: CachedAnswer) -> Sequence[StreamItem]:
+    """The answer as a stream: its own events, or one chunk of content, the finish and the usage."""
+    content = stored.content
+    if isinstance(content, CachedEvents):
+        reader = openai_chat.EventReader()
+        return [*reader.feed(content.data), *reader.close()]
+    completion = completion_of(stored)
+    return [
+        Chunk(delta=_delta(completion.message), model=completion.model, id=completion.id),
+        Chunk(finish_reason=completion.finish_reason, model=completion.model, id=completion.id),
+        Chunk(usage=completion.usage, model=completion.model, id=completion.id),
+    ]
+
+
+def _message(content: CachedCompletion) -> Message:
+    message: Any = content.message or {"role": "assistant", "content": ""}
+    return Message(**message)
+
+
+def _delta(message: Message) -> Mapping[str, Any]:
+    """A whole message as one delta; in a delta, tool calls are numbered."""
+    delta: dict[str, Any] = {name: value for name, value in message.items() if value is not None}
+    if calls := message.get("tool_calls"):
+        delta["tool_calls"] = [{"index": index, **call} for index, call in enumerate(calls)]
+    return delta
+
+
+def _events(items: Sequence[StreamItem]) -> bytes | None:
+    parts = []
+    for item in items:
+        if isinstance(item, RawEvents):
+            wire, data = item.wire, item.data
+        elif item.native is not None:
+            wire, data = item.native.wire, item.native.body
+        else:
+            return None
+        if wire != openai_chat.WIRE:
+            return None
+        parts.append(data)
+    return b"".join(parts)

@@ -1,0 +1,228 @@
+"""A stream on its way from the provider to whoever reads it: metered where it arrives, passed on through a small buffer.
+
+The job that reads the provider and the task that writes to the client are two. When the client leaves, the reader goes on within
+bounds, so that the bill is exact; it only stops passing on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from decimal import Decimal
+
+import anyio
+from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
+
+from . import money
+from .background import Job
+from .calls import Call, Done
+from .errors import AIGatewayError
+from .policy.windows import WindowState
+from .types import CacheStatus, Chunk, RawEvents, StreamItem, Usage
+from .wires import openai_chat
+
+BUFFERED_ITEMS = 16
+DRAIN_BYTES = 8 * 2**20
+
+
+class Meter:
+    """What has come of one attempt's stream. Items are kept, up to `keep` bytes, for the cache and for estimates."""
+
+    def __init__(self, keep: int) -> None:
+        self.items: list[StreamItem] = []
+        self.usage: Usage | None = None
+        self.finish_reason: str | None = None
+        self.model: str | None = None
+        self.has_content = False
+        self.whole = True
+        self._room = keep
+        self._unkept = 0
+
+    def see(self, item: StreamItem) -> None:
+        size = len(item.data) if isinstance(item, RawEvents) else len(item.native.body) if item.native else len(item.text)
+        if size <= self._room:
+            self._room -= size
+            self.items.append(item)
+        else:
+            self.whole = False
+            self._unkept += size
+        if isinstance(item, Chunk):
+            self.usage = item.usage or self.usage
+            self.finish_reason = item.finish_reason or self.finish_reason
+            self.model = item.model or self.model
+        if not self.has_content:
+            self.has_content = openai_chat.has_content(item)
+
+    def output_bytes(self) -> int:
+        """UTF-8 bytes of the output that came; at least as many as its tokens."""
+        return openai_chat.output_bytes(self.items) + self._unkept
+
+    @property
+    def received(self) -> int:
+        """Bytes that could not be kept: what a drain is bounded by."""
+        return self._unkept
+
+
+class Relay:
+    """The way from the job to the reader. Nothing goes out before the first content of an attempt, so that another provider can
+    still answer instead; `opened` is set then, or when the job ends without."""
+
+    def __init__(self, keep: int) -> None:
+        sender, receiver = anyio.create_memory_object_stream[StreamItem](BUFFERED_ITEMS)
+        self._sender: MemoryObjectSendStream[StreamItem] = sender
+        self.receiver: MemoryObjectReceiveStream[StreamItem] = receiver
+        self.opened = anyio.Event()
+        self.provider: str | None = None
+        self.lowered_to: int | None = None
+        self.meter = Meter(keep)
+        self._keep = keep
+        self._withheld: list[StreamItem] = []
+        self._left = False
+        self.closed = False
+
+    def begin(self, provider: str, lowered_to: int | None) -> Meter:
+        """An attempt starts: what an earlier one had sent before its first content is forgotten."""
+        self.provider, self.lowered_to = provider, lowered_to
+        self._withheld = []
+        self.meter = Meter(self._keep)
+        return self.meter
+
+    @property
+    def committed(self) -> bool:
+        """Content of this attempt has gone out: no other provider may answer any more."""
+        return self.opened.is_set()
+
+    async def pass_on(self, item: StreamItem, alive: Callable[[], Awaitable[None]], interval: float) -> bool:
+        """Hands `item` to the reader; False once the reader has left. While the reader is slow, `alive` is awaited every `interval`
+        seconds."""
+        if self._left:
+            return False
+        if not self.opened.is_set():
+            self._withheld.append(item)
+            if not self.meter.has_content:
+                return True
+            self.opened.set()
+            withheld, self._withheld = self._withheld, []
+            for early in withheld:
+                await self._send(early, alive, interval)
+        else:
+            await self._send(item, alive, interval)
+        return not self._left
+
+    async def _send(self, item: StreamItem, alive: Callable[[], Awaitable[None]], interval: float) -> None:
+        try:
+            self._sender.send_nowait(item)
+        except anyio.WouldBlock:
+            await self._send_patiently(item, alive, interval)
+        except anyio.BrokenResourceError:
+            self._left = True
+
+    async def _send_patiently(self, item: StreamItem, alive: Callable[[], Awaitable[None]], interval: float) -> None:
+        sent = False
+        while not sent and not self._left:
+            with anyio.move_on_after(interval):
+                try:
+                    await self._sender.send(item)
+                except anyio.BrokenResourceError:
+                    self._left = True
+                sent = True
+            await alive()
+
+    async def flush(self) -> None:
+        """The attempt ended well: also a stream without any content is passed on."""
+        for early in self._withheld:
+            await self._send(early, _nothing, 1.0)
+        self._withheld = []
+
+    def close(self) -> None:
+        self._sender.close()
+        self.closed = True
+        self.opened.set()
+
+
+async def _nothing() -> None: ...
+
+
+class AnswerStream:
+    """A stream as its reader sees it: iterate over `Chunk`s. `usage`, `cost_usd` and `finish_reason` are known after its end.
+
+    Leaving it early lets the gateway read the rest of the answer within bounds, so that the bill is exact.
+    """
+
+    def __init__(self, call: Call, *, provider: str, cache: CacheStatus) -> None:
+        self.request_id = call.request_id
+        self.windows: Sequence[WindowState] = call.windows
+        self.provider = provider
+        self.cache: CacheStatus = cache
+        self.age: float | None = None
+        self.lowered_to: int | None = None
+        self.usage: Usage | None = None
+        self.cost_usd: Decimal | None = None
+        self.finish_reason: str | None = None
+        self.model: str | None = None
+
+    @property
+    def cached(self) -> bool:
+        return self.cache == "hit"
+
+    def items(self) -> AsyncIterator[StreamItem]:
+        """The stream as it came, events that nothing has to look at still undecoded."""
+        raise NotImplementedError
+
+    async def __aiter__(self) -> AsyncIterator[Chunk]:
+        async for item in self.items():
+            if isinstance(item, Chunk):
+                yield item
+            else:
+                for chunk in openai_chat.decode_events(item):
+                    yield chunk
+
+
+class LiveStream(AnswerStream):
+    """A stream that a provider is producing."""
+
+    def __init__(self, job: Job[Done], relay: Relay, call: Call) -> None:
+        super().__init__(call, provider=relay.provider or "", cache="miss" if call.cache_key is not None else "bypass")
+        self.lowered_to = relay.lowered_to
+        self._job = job
+        self._relay = relay
+
+    async def items(self) -> AsyncIterator[StreamItem]:
+        receiver = self._relay.receiver
+        while True:
+            try:
+                item = receiver.receive_nowait()
+            except anyio.WouldBlock:
+                try:
+                    item = await receiver.receive()
+                except anyio.EndOfStream:
+                    break
+            except anyio.EndOfStream:
+                break
+            yield item
+        try:
+            done = await self._job.result()
+        except AIGatewayError as error:
+            error.request_id = self.request_id
+            raise
+        meter = self._relay.meter
+        self.usage = done.record.usage if done.record else meter.usage
+        self.cost_usd = money.dollars(done.cost)
+        self.finish_reason = meter.finish_reason
+        self.model = meter.model
+
+
+class StoredStream(AnswerStream):
+    """A cached answer as a stream, at cost zero."""
+
+    def __init__(self, items: Sequence[StreamItem], call: Call, *, provider: str, age: float) -> None:
+        super().__init__(call, provider=provider, cache="hit")
+        self.age = age
+        self._items = items
+
+    async def items(self) -> AsyncIterator[StreamItem]:
+        meter = Meter(0)
+        for item in self._items:
+            meter.see(item)
+            yield item
+        self.usage, self.finish_reason, self.model = meter.usage, meter.finish_reason, meter.model
+        self.cost_usd = money.dollars(0)

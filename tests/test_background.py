@@ -1,0 +1,115 @@
+"""Owned work: it finishes, or is given up at its deadline, whoever leaves and however."""
+
+import anyio
+import pytest
+
+from starlette_aigateway.background import Background, Job
+from starlette_aigateway.errors import NotFound
+
+pytestmark = pytest.mark.anyio
+
+
+async def test_a_result_and_an_error_come_back_as_they_are_with_and_without_an_owner() -> None:
+    background = Background(grace=5)
+
+    async def fine(job: Job[int]) -> int:
+        return 7
+
+    async def wrong(job: Job[int]) -> int:
+        raise NotFound("gone")
+
+    async def both() -> None:
+        assert await background.run(fine) == 7
+        with pytest.raises(NotFound):
+            await background.run(wrong)
+
+    assert not background.shared
+    await both()
+    async with background.owner():
+        assert background.shared
+        await both()
+
+
+@pytest.mark.parametrize("owned", [True, False])
+async def test_work_goes_on_when_its_caller_is_cancelled(owned: bool) -> None:
+    background = Background(grace=5)
+    begun, go, ended = anyio.Event(), anyio.Event(), anyio.Event()
+
+    async def work(job: Job[None]) -> None:
+        begun.set()
+        await go.wait()
+        while not job.abandoned:
+            await anyio.lowlevel.checkpoint()
+        ended.set()
+
+    async def scenario() -> None:
+        async with anyio.create_task_group() as group:
+            group.start_soon(background.run, work)
+            await begun.wait()
+            group.cancel_scope.cancel()
+            go.set()
+        with anyio.fail_after(5):
+            await ended.wait()
+
+    if owned:
+        async with background.owner():
+            await scenario()
+    else:
+        await scenario()
+
+
+@pytest.mark.parametrize("owned", [True, False])
+async def test_abandoned_work_is_cancelled_at_the_end_of_its_grace_and_may_still_settle(owned: bool) -> None:
+    background = Background(grace=0)
+    begun, settled = anyio.Event(), anyio.Event()
+
+    async def work(job: Job[None]) -> None:
+        begun.set()
+        try:
+            await anyio.sleep_forever()
+        finally:
+            with anyio.CancelScope(shield=True):
+                await anyio.lowlevel.checkpoint()
+                settled.set()
+
+    async def scenario() -> None:
+        async with background.start(work):
+            await begun.wait()
+        await settled.wait()
+
+    with anyio.fail_after(5):
+        if owned:
+            async with background.owner():
+                await scenario()
+        else:
+            await scenario()
+
+
+async def test_a_block_that_raises_gives_its_own_error_not_a_group() -> None:
+    background = Background(grace=0)
+
+    async def forever(job: Job[None]) -> None:
+        await anyio.sleep_forever()
+
+    with pytest.raises(KeyError):
+        async with background.start(forever):
+            raise KeyError("mine")
+
+
+async def test_the_owner_waits_for_abandoned_work_at_its_end() -> None:
+    background = Background(grace=5)
+    begun, go = anyio.Event(), anyio.Event()
+    ended = False
+
+    async def work(job: Job[None]) -> None:
+        nonlocal ended
+        begun.set()
+        await go.wait()
+        ended = True
+
+    async with background.owner():
+        async with background.start(work):
+            await begun.wait()
+        assert not ended
+        go.set()
+    assert ended
