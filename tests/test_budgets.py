@@ -128,13 +128,13 @@ def test_whatever_happens_to_a_hold_the_books_add_up(books: Books, held: int, bo
 
 def test_only_the_lifetime_counts_open_holds() -> None:
     books = Books()
-    books.hold(["gateway"], TODAY, 5)
+    books.hold(("gateway",), TODAY, 5)
     assert {period: balance.open for (_, period), balance in books.balances.items()} == {TODAY.day: 0, TODAY.month: 0, "": 1}
 
 
 def test_nothing_is_decided_on_a_balance_that_was_not_read() -> None:
     books = Books()
-    books.adjust(["principal:alice"], TODAY, 5)
+    books.adjust(("principal:alice",), TODAY, 5)
     with pytest.raises(LookupError):
         grant(hold_request("a", caps=Caps(total=100)), books, TODAY, NOON)
 

@@ -6,7 +6,7 @@ booked counts as *spent* in the same periods. A grant keeps `spent + held <= cap
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from datetime import UTC, date, datetime, time, timedelta
 from typing import NamedTuple
 
@@ -78,12 +78,13 @@ class Balance:
 
 
 class Books:
-    """The balances and stored caps that a batch of decisions works on."""
+    """The balances and stored caps that a batch of decisions works on. All that is known is put in before the first decision."""
 
     def __init__(self) -> None:
         self.balances: dict[tuple[str, str], Balance] = {}
         self.caps: dict[str, Caps] = {}
         self.next_lease_end: float | None = None
+        self._groups: dict[tuple[tuple[str, ...], Periods], tuple[list[Balance], list[Balance]]] = {}
 
     def known(self, scope: str, period: str) -> Balance:
         """A balance to decide on. Raises `LookupError` where it was not read: a decision on it would be a guess."""
@@ -95,33 +96,38 @@ class Books:
     def caps_of(self, claim: ScopeClaim) -> Caps:
         return self.caps.get(claim.scope, NO_CAPS) if claim.caps is None else claim.caps
 
-    def hold(self, scopes: Sequence[str], periods: Periods, amount: int) -> None:
-        for balance in self._all(scopes, periods):
+    def hold(self, scopes: tuple[str, ...], periods: Periods, amount: int) -> None:
+        everywhere, lifetimes = self._touched(scopes, periods)
+        for balance in everywhere:
             balance.held += amount
-        self._count(scopes, 1)
+        for balance in lifetimes:
+            balance.open += 1
 
-    def resolve(self, scopes: Sequence[str], periods: Periods, *, held: int, booked: int) -> None:
-        for balance in self._all(scopes, periods):
+    def resolve(self, scopes: tuple[str, ...], periods: Periods, *, held: int, booked: int) -> None:
+        everywhere, lifetimes = self._touched(scopes, periods)
+        for balance in everywhere:
             balance.held -= held
             balance.spent += booked
-        self._count(scopes, -1)
+        for balance in lifetimes:
+            balance.open -= 1
 
-    def adjust(self, scopes: Sequence[str], periods: Periods, difference: int) -> None:
-        for balance in self._all(scopes, periods):
+    def adjust(self, scopes: tuple[str, ...], periods: Periods, difference: int) -> None:
+        for balance in self._touched(scopes, periods)[0]:
             balance.spent += difference
 
-    def _all(self, scopes: Sequence[str], periods: Periods) -> Iterator[Balance]:
-        balances = self.balances
-        for scope in scopes:
-            for period in periods:
-                balance = balances.get((scope, period))
-                if balance is None:
-                    balance = balances[scope, period] = Balance(known=False)
-                yield balance
+    def _touched(self, scopes: tuple[str, ...], periods: Periods) -> tuple[list[Balance], list[Balance]]:
+        """The balances of all periods, and those of the lifetime alone; the holds of a batch have few different scopes."""
+        found = self._groups.get((scopes, periods))
+        if found is None:
+            everywhere = [self._changeable(scope, period) for scope in scopes for period in periods]
+            found = self._groups[scopes, periods] = everywhere, [self.balances[scope, ""] for scope in scopes]
+        return found
 
-    def _count(self, scopes: Sequence[str], change: int) -> None:
-        for scope in scopes:
-            self.balances[scope, ""].open += change
+    def _changeable(self, scope: str, period: str) -> Balance:
+        balance = self.balances.get((scope, period))
+        if balance is None:
+            balance = self.balances[scope, period] = Balance(known=False)
+        return balance
 
 
 class Refusal(NamedTuple):

@@ -16,7 +16,7 @@ from msgspec import Struct
 
 from ...accounts import Hold, HoldRequest, Settlement, UsageRecord
 from ...errors import AIGatewayError
-from ...policy.budgets import Balance, Books, Periods, day_number, grant, periods_of
+from ...policy.budgets import Balance, Books, Periods, day_number, grant, periods_from, periods_of
 from ...types import Caps, Usage
 from .ledger_schema import (
     ADJUSTED,
@@ -171,7 +171,8 @@ class Batch:
         self._books = Books()
         self._day = 0
         self._stored_day = 0
-        self._periods: dict[int, Periods] = {}
+        self._periods: dict[str, Periods] = {}
+        self._today: tuple[int, Periods] | None = None
         self._holds: dict[str, HoldFacts] = {}
         self._records: dict[str, tuple[UsageRecord, int]] = {}
         self._expired: list[UsageRecord] = []
@@ -251,9 +252,9 @@ class Batch:
             self._release(request.replaces, op.now, None)
         today = day_number(op.now)
         self._day = day = max(self._day, today)
-        periods = self._periods.get(day)
-        if periods is None:
-            periods = self._periods[day] = periods_of(day)
+        if self._today is None or self._today[0] != day:
+            self._today = day, periods_of(day)
+        periods = self._today[1]
         amount = grant(request, self._books, periods, op.now)
         made_at = op.now if day == today else day * 86_400.0
         facts = facts_of(request, op.price, amount=amount, day=periods.day, made_at=made_at)
@@ -299,7 +300,7 @@ class Batch:
     def _expire(self, due: Sequence[HoldFacts], now: float) -> None:
         for facts in due:
             facts.expired = True
-            self._books.resolve(facts.scopes, facts.periods, held=facts.amount, booked=facts.amount)
+            self._books.resolve(facts.scopes, self._periods_of(facts), held=facts.amount, booked=facts.amount)
             self._holds[facts.id] = self._changed_holds[facts.id] = facts
             self._entries.append((facts.id, "expire", now, facts.amount, None, None))
             self._expired.append(self._book(facts, record_of(facts, self._prices.load(facts.price), "expired", facts.amount)))
@@ -308,7 +309,7 @@ class Batch:
         self, facts: HoldFacts, amount: int, now: float, usage: Usage, response_model: str | None, latency_ms: int | None
     ) -> UsageRecord:
         difference = amount - facts.amount
-        self._books.adjust(facts.scopes, facts.periods, difference)
+        self._books.adjust(facts.scopes, self._periods_of(facts), difference)
         self._forget(facts)
         self._entries.append((facts.id, "adjust", now, difference, None, None))
         price = self._prices.load(facts.price)
@@ -317,9 +318,15 @@ class Batch:
         )
 
     def _resolve(self, facts: HoldFacts, kind: str, booked: int, now: float) -> None:
-        self._books.resolve(facts.scopes, facts.periods, held=facts.amount, booked=booked)
+        self._books.resolve(facts.scopes, self._periods_of(facts), held=facts.amount, booked=booked)
         self._forget(facts)
         self._entries.append((facts.id, kind, now, booked, None, None))
+
+    def _periods_of(self, facts: HoldFacts) -> Periods:
+        periods = self._periods.get(facts.day)
+        if periods is None:
+            periods = self._periods[facts.day] = periods_from(facts.day)
+        return periods
 
     def _forget(self, facts: HoldFacts) -> None:
         del self._holds[facts.id]
@@ -352,8 +359,8 @@ class Batch:
         INSERT_ENTRIES(connection, self._entries)
         if self._new_records:
             INSERT_USAGE(connection, self._usage_rows())
-        changes = ((key, balance.changes) for key, balance in self._books.balances.items())
-        CHANGE_BALANCES(connection, [(*key, *change) for key, change in changes if any(change)])
+        changes = [(*key, *balance.changes) for key, balance in self._books.balances.items()]
+        CHANGE_BALANCES(connection, [change for change in changes if change[2] or change[3] or change[4]])
         INSERT_CAPS(connection, [(scope, *caps) for scope, caps in self._new_caps.items()])
         if self._day > self._stored_day:
             connection.execute("UPDATE meta SET value = ? WHERE name = 'day'", (self._day,))

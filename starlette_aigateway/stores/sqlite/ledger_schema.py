@@ -20,7 +20,6 @@ from msgspec import Struct
 
 from ...accounts import Hold, HoldRequest, Outcome, UsageRecord
 from ...money import text
-from ...policy.budgets import Periods, periods_from
 from ...types import Price, Usage
 
 SCHEMA: Final = (
@@ -81,10 +80,6 @@ class HoldFacts(Struct, array_like=True):
     made_at: float
     expires_at: float
     expired: bool = False
-
-    @property
-    def periods(self) -> Periods:
-        return periods_from(self.day)
 
     @property
     def hold(self) -> Hold:
