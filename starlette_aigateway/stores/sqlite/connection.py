@@ -53,7 +53,7 @@ def create_private(path: Path) -> None:
     The file is made under another name and linked into place, so that no descriptor of the database itself is ever opened and closed
     here: closing one drops all POSIX locks of this process on the file (https://sqlite.org/howtocorrupt.html, section 2.2).
     """
-    if path.exists():
+    if str(path) == ":memory:" or path.exists():
         return
     try:
         descriptor, draft = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
