@@ -87,7 +87,8 @@ class Limiter:
             self._report(error, "tokens stay charged as estimated")
 
     async def peek(self, claims: Sequence[WindowClaim]) -> Sequence[WindowState]:
-        """The windows of `claims` as they are, in the same order; takes nothing. Raises `StorageUnavailable`."""
+        """The windows of `claims` as they are, in the same order; takes nothing. Raises `StorageUnavailable`; empty where the
+        storage failed open."""
         return await self._guarded(lambda: self._windows.peek(claims)) if claims else ()
 
     async def _guarded(self, ask: Callable[[], Awaitable[Outcome]]) -> Outcome | tuple[()]:

@@ -1,6 +1,7 @@
 """Sliding windows: the arithmetic against a model, and our storage in one process, in several, and after faults."""
 
 import os
+import signal
 import sqlite3
 import stat
 import subprocess
@@ -240,6 +241,16 @@ async def test_what_has_expired_is_removed_in_passing(storage: SQLiteWindowStora
     assert hits < 200, "of 1000, 60 of which still count"
 
 
+async def test_what_still_counts_is_never_removed(storage: SQLiteWindowStorage, clock: StandingClock) -> None:
+    clock.advance(59)
+    assert await admitted(storage, tokens(100, 100), requests(3))
+    for pause in (1, 30):
+        clock.advance(pause)
+        for number in range(150):
+            assert await admitted(storage, requests(1, scope=f"login:{number}", seconds=1))
+    assert await remaining(storage, tokens(100, 0), requests(3)) == [50, 2]
+
+
 async def test_a_burst_that_expired_long_ago_does_not_count(storage: SQLiteWindowStorage, clock: StandingClock) -> None:
     for _ in range(300):
         assert await admitted(storage, requests(300))
@@ -336,6 +347,20 @@ def test_a_forked_child_counts_in_the_same_windows(tmp_path: Path) -> None:
     _, status = os.waitpid(child, 0)
     assert os.waitstatus_to_exitcode(status) == 2
     assert anyio.run(hammer, storage, 3, 5) == 0
+    storage.close()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_what_a_killed_process_let_in_still_counts(tmp_path: Path) -> None:
+    storage = SQLiteWindowStorage(path=tmp_path / "windows.db", clock=StandingClock())
+    child = os.fork()
+    if child == 0:
+        try:
+            anyio.run(hammer, storage, 3, 5)
+        finally:
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert anyio.run(hammer, storage, 4, 5) == 2
     storage.close()
 
 

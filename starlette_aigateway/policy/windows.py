@@ -104,8 +104,8 @@ class Moving(NamedTuple):
 
 
 def moving_wait(at: int, now: int, span: int) -> int:
-    """Until what came in at `at` has left a window that is half-open: [at, at + span). A clock that was stepped back counts from `now`."""
-    return max(0, min(at, now) + span - now)
+    """Until what came in at `at` has left its window, which is half-open: [at, at + span)."""
+    return max(0, at + span - now)
 
 
 class Sliding(NamedTuple):
