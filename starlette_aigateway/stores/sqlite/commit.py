@@ -223,9 +223,9 @@ class LockFile:
     process does not shut out those that poll.
     """
 
-    FIRST_PAUSE = 0.0001
-    LONGEST_PAUSE = 0.001
-    COURTESY = 0.0003
+    POLL = 0.0002
+    COURTESY = 0.001
+    """Seconds; several polls long, so that whoever waits finds the lock free before the one that had it comes again."""
 
     def __init__(self, path: Path | None, name: str, timeout: float) -> None:
         self._path = path
@@ -263,12 +263,10 @@ class LockFile:
 
     def _poll(self, descriptor: int) -> None:
         deadline = time.monotonic() + self._timeout
-        pause = self.FIRST_PAUSE
         while not self._try(descriptor):
             if time.monotonic() >= deadline:
                 raise StorageUnavailable(f"the {self._name} store is locked by another process", retry_after=1.0)
-            time.sleep(pause)
-            pause = min(pause * 1.5, self.LONGEST_PAUSE)
+            time.sleep(self.POLL)
 
 
 def _deliver(batch: Sequence[Waiter[Op, Result]], outcomes: Sequence[Result | BaseException]) -> None:
