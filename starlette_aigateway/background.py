@@ -105,14 +105,18 @@ class Background:
     @asynccontextmanager
     async def owner(self) -> AsyncIterator[TaskGroup]:
         """Owns the jobs that are started within, in this event loop. At the end they get their grace, and are waited for."""
+        left: BaseException | None = None
         async with anyio.create_task_group() as group:
             owner = Owner(group)
             self._owners.append(owner)
             try:
                 yield group
-            finally:
-                self._owners.remove(owner)
-                owner.abandon()
+            except BaseException as error:  # noqa: BLE001  # raised below as it came: a task group would wrap it
+                left = error
+            self._owners.remove(owner)
+            owner.abandon()
+        if left is not None:
+            raise left
 
     @property
     def shared(self) -> bool:

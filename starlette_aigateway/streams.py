@@ -6,8 +6,11 @@ bounds, so that the bill is exact; it only stops passing on.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from decimal import Decimal
+from typing import Self
 
 import anyio
 from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
@@ -159,22 +162,27 @@ class AnswerStream:
         self.cost_usd: Decimal | None = None
         self.finish_reason: str | None = None
         self.model: str | None = None
+        self._decoded: deque[Chunk] = deque()
 
     @property
     def cached(self) -> bool:
         return self.cache == "hit"
 
-    def items(self) -> AsyncIterator[StreamItem]:
-        """The stream as it came, events that nothing has to look at still undecoded."""
+    async def next_item(self) -> StreamItem | None:
+        """The next of the stream as it came, events that nothing has to look at still undecoded; None at its end. Not to be mixed with
+        iteration."""
         raise NotImplementedError
 
-    async def __aiter__(self) -> AsyncIterator[Chunk]:
-        async for item in self.items():
-            if isinstance(item, Chunk):
-                yield item
-            else:
-                for chunk in openai_chat.decode_events(item):
-                    yield chunk
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Chunk:
+        while not self._decoded:
+            item = await self.next_item()
+            if item is None:
+                raise StopAsyncIteration
+            self._decoded.extend(openai_chat.chunks((item,)))
+        return self._decoded.popleft()
 
 
 class LiveStream(AnswerStream):
@@ -186,19 +194,20 @@ class LiveStream(AnswerStream):
         self._job = job
         self._relay = relay
 
-    async def items(self) -> AsyncIterator[StreamItem]:
+    async def next_item(self) -> StreamItem | None:
+        """Raises `ProviderError` where the provider failed in mid-stream."""
         receiver = self._relay.receiver
-        while True:
-            try:
-                item = receiver.receive_nowait()
-            except anyio.WouldBlock:
-                try:
-                    item = await receiver.receive()
-                except anyio.EndOfStream:
-                    break
-            except anyio.EndOfStream:
-                break
-            yield item
+        try:
+            return receiver.receive_nowait()
+        except anyio.WouldBlock:
+            with suppress(anyio.EndOfStream):
+                return await receiver.receive()
+        except anyio.EndOfStream:
+            pass
+        await self._end()
+        return None
+
+    async def _end(self) -> None:
         try:
             done = await self._job.result()
         except AIGatewayError as error:
@@ -217,12 +226,15 @@ class StoredStream(AnswerStream):
     def __init__(self, items: Sequence[StreamItem], call: Call, *, provider: str, age: float) -> None:
         super().__init__(call, provider=provider, cache="hit")
         self.age = age
-        self._items = items
+        self._items = deque(items)
+        self._meter = Meter(0)
 
-    async def items(self) -> AsyncIterator[StreamItem]:
-        meter = Meter(0)
-        for item in self._items:
-            meter.see(item)
-            yield item
+    async def next_item(self) -> StreamItem | None:
+        if self._items:
+            item = self._items.popleft()
+            self._meter.see(item)
+            return item
+        meter = self._meter
         self.usage, self.finish_reason, self.model = meter.usage, meter.finish_reason, meter.model
         self.cost_usd = money.dollars(0)
+        return None

@@ -113,3 +113,9 @@ async def test_the_owner_waits_for_abandoned_work_at_its_end() -> None:
         assert not ended
         go.set()
     assert ended
+
+
+async def test_an_owner_whose_block_raises_gives_that_error_not_a_group() -> None:
+    with pytest.raises(KeyError):
+        async with Background(grace=0).owner():
+            raise KeyError("mine")

@@ -123,7 +123,7 @@ class EventStreamResponse(Response):
         self.headers.update(stream_headers(stream))
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         try:
-            async for item in stream.items():
+            while (item := await stream.next_item()) is not None:
                 if data := writer.item(item):
                     await send({"type": "http.response.body", "body": data, "more_body": True})
             last = writer.end(stream)
