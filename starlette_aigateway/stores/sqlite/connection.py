@@ -6,6 +6,7 @@ import os
 import sqlite3
 import stat
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
@@ -32,7 +33,7 @@ def connect(path: Path, *, durability: Durability, schema: Sequence[str], busy_t
     except sqlite3.Error as error:
         raise StorageUnavailable(f"the database {path.name} cannot be opened: {error}") from error
     try:
-        connection.execute("PRAGMA journal_mode=WAL")
+        _enter_wal(connection, busy_timeout)
         connection.execute(f"PRAGMA synchronous={durability}")
         connection.execute("PRAGMA foreign_keys=ON")
         connection.execute("PRAGMA temp_store=MEMORY")
@@ -45,6 +46,21 @@ def connect(path: Path, *, durability: Durability, schema: Sequence[str], busy_t
         connection.close()
         raise
     return connection
+
+
+def _enter_wal(connection: sqlite3.Connection, busy_timeout: float) -> None:
+    """Two workers that turn a new file into WAL mode at once would deadlock, so SQLite refuses one of them without asking its busy
+    handler (https://sqlite.org/c3ref/busy_handler.html): wait here."""
+    deadline = time.monotonic() + busy_timeout
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode=WAL")
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() >= deadline:
+                raise
+            time.sleep(0.002)
+        else:
+            return
 
 
 def create_private(path: Path) -> None:
