@@ -278,6 +278,7 @@ async def test_a_known_key_opens_nothing_once_the_database_cannot_be_read(store:
 async def test_a_forked_child_opens_its_own_connections_and_sees_later_changes(store: SQLiteKeyStore, database: ConfigDatabase) -> None:
     await store.add(key(), digest_of(1))
     assert opens(await store.find(digest_of(1), now=NOW))
+    parents = database._watch.get()
     to_child, from_parent = os.pipe()
     child = os.fork()
     if child == 0:
@@ -286,7 +287,8 @@ async def test_a_forked_child_opens_its_own_connections_and_sees_later_changes(s
             find = store.find(digest_of(1), now=NOW)
             find.send(None)
         except StopIteration as answer:
-            os._exit(0 if answer.value is not None and answer.value.revoked_at is not None else 1)
+            revoked = answer.value is not None and answer.value.revoked_at is not None
+            os._exit(0 if revoked and database._watch.get() is not parents else 1)
         finally:
             os._exit(2)
     await store.update("key_1", {"revoked_at": CREATED})

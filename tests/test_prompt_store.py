@@ -8,7 +8,7 @@ import pytest
 from starlette_aigateway.errors import InvalidArgument
 from starlette_aigateway.stores.sqlite.config import ConfigDatabase
 from starlette_aigateway.stores.sqlite.prompts import SQLitePromptStore
-from starlette_aigateway.testing.prompts import PromptStoreContract
+from starlette_aigateway.testing.prompts import PromptStoreContract, add
 
 pytestmark = pytest.mark.anyio
 
@@ -31,3 +31,11 @@ class TestSQLitePromptStore(PromptStoreContract):
             await store.get("greeting", version=2**63)
         with pytest.raises(InvalidArgument):
             await store.get("\ud800")
+
+    async def test_callers_cannot_fill_the_memory_with_references(self, store: SQLitePromptStore) -> None:
+        await add(store, "greeting")
+        for number in range(5):
+            assert await store.get(f"unknown{number}") is None
+            assert await store.get("greeting", label=f"unknown{number}") is None
+            assert await store.get("greeting", version=1, label=f"unknown{number}") is not None
+        assert len(store._remembered.entries()) == 1

@@ -43,8 +43,7 @@ UNBOUNDED_FILTERS = ("batch", "format", "slice")
 TOLERANT_FILTERS = ("chain", "e", "escape", "join", "pprint", "tojson", "truncate", "urlencode", "wordwrap", "zip")
 """minijinja, even when strict, lets an undefined name pass through these as if it were empty."""
 
-_TAG = r"\{[{%][^}]*?"
-_SWALLOWED = re.compile(_TAG + r"\b(?P<name>[A-Za-z_]\w*)\s*\|\s*(?:" + "|".join(TOLERANT_FILTERS) + r")\b")
+_SWALLOWED = re.compile(r"\b(?P<name>[A-Za-z_]\w*)\s*\|\s*(?:" + "|".join(TOLERANT_FILTERS) + r")\b")
 _UNDEFINED = re.compile(r"`(?P<expression>[^`]+)` is undefined")
 _NAMING_KINDS = frozenset({"UnknownFilter", "UnknownFunction", "UnknownMethod", "UnknownTest", "TemplateNotFound"})
 
@@ -158,7 +157,7 @@ class _Rendering:
     def _rendered(self, source: str) -> str:
         undeclared = _undeclared(self._environment, source)
         missing = undeclared - self._values.keys()
-        for match in _SWALLOWED.finditer(source):
+        for match in _SWALLOWED.finditer(source) if missing else ():
             if match["name"] in missing:
                 raise self._missing(match["name"], undeclared)
         try:

@@ -74,6 +74,12 @@ class KeyStoreContract:
         assert await store.find(digest_of(2), now=NOW) is None
         assert await store.get("key_2") is None
 
+    async def test_a_digest_that_was_rotated_away_is_a_conflict_too(self, store: KeyStore) -> None:
+        await store.add(key(), digest_of(1))
+        await store.rotate("key_1", digest_of(2), "abcd", previous_until=NOW)
+        with pytest.raises(Conflict):
+            await store.add(key("key_2"), digest_of(1))
+
     async def test_a_change_is_true_everywhere_from_the_next_find_on(self, store: KeyStore, elsewhere: KeyStore) -> None:
         await store.add(key(), digest_of(1))
         for moment in range(3):
