@@ -1,9 +1,10 @@
 """The SQLite ledger against the contract, and what only this backend promises."""
 
 import fcntl
+import math
 import os
 import sqlite3
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable
 from functools import partial
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from starlette_aigateway.testing.ledger import (
     gather,
     hold_request,
     money,
+    refused,
 )
 from starlette_aigateway.types import Caps, Price
 
@@ -106,6 +108,25 @@ async def test_text_that_cannot_be_stored_is_refused_and_harms_no_other(ledger: 
         await ledger.settle("use_a", completed(-1), now=NOON)
     with pytest.raises(InvalidArgument):
         await ledger.record(cached_record("a", cost=1))
+    await assert_clean(ledger)
+
+
+@pytest.mark.parametrize("moment", [NOON * 1000, math.inf, math.nan, -1.0])
+async def test_a_time_that_is_none_is_refused_before_it_becomes_the_latest_day(ledger: SQLiteLedger, moment: float) -> None:
+    await ledger.reserve(hold_request("a"), now=NOON)
+    verbs: list[Awaitable[object]] = [
+        ledger.reserve(hold_request("b"), now=moment),
+        ledger.reserve(hold_request("c", expires_at=moment), now=NOON),
+        ledger.settle("use_a", completed(1), now=moment),
+        ledger.release("use_a", now=moment),
+        ledger.renew("use_a", moment, now=NOON),
+        ledger.expire(now=moment),
+        ledger.record(cached_record("d", created_at=moment)),
+        ledger.budgets({}, now=moment),
+    ]
+    for verb in verbs:
+        assert isinstance(await refused(verb), InvalidArgument)
+    assert await money(ledger, "day") == (0, 100)
     await assert_clean(ledger)
 
 

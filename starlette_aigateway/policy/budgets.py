@@ -20,6 +20,8 @@ EPOCH_ORDINAL = date(1970, 1, 1).toordinal()
 WINDOWS: tuple[Window, ...] = ("day", "month", "total")
 MAX_AMOUNT = 10**15
 """A million US dollars for one attempt; far below it lie all real ones, and sums of it stay within SQLite's 64 bits."""
+END_OF_TIME = 8e9
+"""Unix seconds, in the year 2223. Any present time in milliseconds is above it."""
 LONGEST_RETRY = 5.0
 SHORTEST_RETRY = 0.5
 PARALLEL_RETRY = 1.0
@@ -152,6 +154,14 @@ def check_request(request: HoldRequest) -> None:
         raise InvalidArgument(f"a hold needs minimum <= admission <= {MAX_AMOUNT} nano-USD", param="admission")
     if not request.scopes or len({claim.scope for claim in request.scopes}) != len(request.scopes):
         raise InvalidArgument("a hold needs one or more different scopes", param="scopes")
+    check_moment(request.expires_at, "expires_at")
+
+
+def check_moment(moment: float, name: str) -> None:
+    """Raises `InvalidArgument` for what is not a time in Unix seconds: NaN, infinity, milliseconds. The latest day is kept for good, so
+    that a wrong one would end all daily and monthly budgets."""
+    if not 0 <= moment < END_OF_TIME:
+        raise InvalidArgument(f"{name} must be a moment in Unix seconds before the year 2223", param=name)
 
 
 def check_settlement(settlement: Settlement) -> None:

@@ -15,6 +15,7 @@ The tests are async and run by anyio's pytest plugin: set `pytestmark = pytest.m
 
 from __future__ import annotations
 
+import math
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -580,6 +581,8 @@ class UsageContract:
             (UsageQuery(cursor=""), "cursor"),
             (UsageQuery(group_by=("day", "colour")), "group_by"),
             (UsageQuery(limit=0), "limit"),
+            (UsageQuery(since=math.inf), "since"),
+            (UsageQuery(until=math.nan), "until"),
         ):
             error = await refused(ledger.usage(query))
             assert isinstance(error, InvalidRequest)

@@ -13,7 +13,7 @@ import msgspec
 
 from ...accounts import Budget, Finding, Hold, HoldRequest, Settlement, UsageQuery, UsageRecord, UsageReport
 from ...errors import InvalidArgument, StorageUnavailable
-from ...policy.budgets import check_request, check_settlement
+from ...policy.budgets import check_moment, check_request, check_settlement
 from ...types import Caps, Usage
 from .commit import GroupCommit
 from .connection import Durability, connect
@@ -78,12 +78,14 @@ class SQLiteLedger:
 
     async def reserve(self, request: HoldRequest, *, now: float) -> Hold:
         _check_hold(request)
+        check_moment(now, "now")
         result = await self._commit.run(Reserve(request, self._prices.dump(request.price), now))
         assert isinstance(result, Hold)
         return result
 
     async def settle(self, hold_id: str, settlement: Settlement, *, now: float) -> UsageRecord | None:
         check_settlement(settlement)
+        check_moment(now, "now")
         _check_numbers(settlement.usage, settlement.latency_ms)
         _check_storable(settlement)
         result = await self._commit.run(Settle(hold_id, settlement, now))
@@ -91,19 +93,23 @@ class SQLiteLedger:
         return result
 
     async def release(self, hold_id: str, *, now: float, latency_ms: int | None = None) -> None:
+        check_moment(now, "now")
         await self._commit.run(Release(hold_id, now, latency_ms))
 
     async def renew(self, hold_id: str, expires_at: float, *, now: float) -> bool:
+        check_moment(expires_at, "expires_at")
         return bool(await self._commit.run(Renew(hold_id, expires_at)))
 
     async def record(self, record: UsageRecord) -> None:
         if record.cost != 0:
             raise InvalidArgument("a record without a hold costs nothing; what costs is reserved and settled", param="cost")
+        check_moment(record.created_at, "created_at")
         _check_numbers(record.usage, record.latency_ms)
         _check_storable(record)
         await self._commit.run(Record(record, self._prices.dump(record.price)))
 
     async def expire(self, *, now: float) -> Sequence[UsageRecord]:
+        check_moment(now, "now")
         expired: list[UsageRecord] = []
         while True:
             some = await self._commit.run(Expire(now))
@@ -117,6 +123,7 @@ class SQLiteLedger:
         await self._commit.run(SetCaps(scope, caps))
 
     async def budgets(self, scopes: Mapping[str, Caps | None], *, now: float) -> Sequence[Budget]:
+        check_moment(now, "now")
         return await self._readers.run(lambda connection: read_budgets(connection, scopes, now))
 
     async def usage(self, query: UsageQuery) -> UsageReport:

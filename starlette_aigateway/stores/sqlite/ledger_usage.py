@@ -9,6 +9,7 @@ from typing import Final
 
 from ...accounts import GROUPINGS, UsageGroup, UsageQuery, UsageReport, UsageTotals
 from ...errors import InvalidRequest
+from ...policy.budgets import END_OF_TIME
 from .ledger_schema import SEQ_STEP, USAGE_COLUMNS, Prices, record_from, seq_base
 
 MAX_PAGE = 1000
@@ -31,13 +32,16 @@ GROUP_COLUMNS: Final = {
 
 
 class UsageReader:
-    """One query, checked. Raises `InvalidRequest` with `param` of `cursor`, `group_by` or `limit` at construction."""
+    """One query, checked. Raises `InvalidRequest` with `param` of `cursor`, `group_by`, `limit`, `since` or `until` at construction."""
 
     def __init__(self, query: UsageQuery, prices: Prices) -> None:
         self._query = query
         self._prices = prices
         if not 1 <= query.limit <= MAX_PAGE:
             raise InvalidRequest(f"limit must be between 1 and {MAX_PAGE}", param="limit")
+        for name, moment in (("since", query.since), ("until", query.until)):
+            if moment is not None and not abs(moment) < END_OF_TIME:
+                raise InvalidRequest(f"{name} must be a moment in Unix seconds", param=name)
         for name in query.group_by:
             if name not in GROUP_COLUMNS:
                 raise InvalidRequest(f"group_by takes {', '.join(GROUPINGS)}", param="group_by")
@@ -69,10 +73,10 @@ class UsageReader:
                 values.append(value)
         if query.since is not None:
             terms += ["seq >= ?", "created_at >= ?"]
-            values += [_clamped(seq_base(query.since)), query.since]
+            values += [seq_base(query.since), query.since]
         if query.until is not None:
             terms += ["seq < ?", "created_at < ?"]
-            values += [_clamped(seq_base(query.until) + SEQ_STEP), query.until]
+            values += [seq_base(query.until) + SEQ_STEP, query.until]
         if before is not None:
             terms.append("seq < ?")
             values.append(before)
@@ -99,10 +103,6 @@ class UsageReader:
 def _totals(row: tuple[int, ...]) -> UsageTotals:
     calls, cached_calls, input_tokens, output_tokens, cost = row
     return UsageTotals(calls=calls, cached_calls=cached_calls, input_tokens=input_tokens, output_tokens=output_tokens, cost=cost)
-
-
-def _clamped(seq: int) -> int:
-    return max(-(2**63), min(seq, 2**63 - 1))
 
 
 def encode_cursor(seq: int) -> str:
