@@ -17,7 +17,7 @@ import pytest
 from diskcache.core import MODE_BINARY, MODE_PICKLE, MODE_RAW, MODE_TEXT
 
 from starlette_aigateway import cache_files
-from starlette_aigateway.cache import DiskResponseCache
+from starlette_aigateway.cache import DiskResponseCache, wait
 from starlette_aigateway.cache_files import BytesDisk
 from starlette_aigateway.protocols import ResponseCache
 from starlette_aigateway.testing.cache import ResponseCacheContract, SharedResponseCacheContract, key
@@ -276,6 +276,55 @@ async def test_a_removed_directory_is_made_anew_and_its_answers_are_gone(
     await other.flush()
     assert await other.get(key("a")) is None
     assert await other.get(key("b")) == b"answer"
+
+
+async def test_a_worker_that_only_reads_notices_new_files(cache: DiskResponseCache, other: DiskResponseCache, directory: Path) -> None:
+    await other.flush()
+    directory.rename(directory.parent / "removed")
+    await cache.put(key("a"), b"answer", 60)
+    await cache.flush()
+    assert await other.get(key("a")) is None
+    await wait(other._worker().files.ask(lambda: 0))
+    assert await other.get(key("a")) == b"answer"
+
+
+async def test_a_purge_ends_the_writes_that_still_wait_in_another_worker(
+    cache: DiskResponseCache, other: DiskResponseCache, directory: Path
+) -> None:
+    await cache.flush()
+    gate = threading.Event()
+    held = cache._worker().files.ask(lambda: int(gate.wait(30)))
+    try:
+        await cache.put(key("a"), b"answer", 60)
+        assert await cache.get(key("a")) == b"answer"
+        await other.purge()
+        assert await cache.get(key("a")) is None
+        await cache.put(key("b"), b"answer", 60)
+    finally:
+        gate.set()
+    await wait(held)
+    await cache.flush()
+    assert [row[0] for row in rows(directory)] == [key("b")]
+    assert await cache.get(key("a")) is None
+
+
+async def test_with_too_much_waiting_to_be_written_further_writes_do_not_happen(
+    directory: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache_files, "MAX_PENDING_BYTES", 25)
+    async with await fresh(directory, clock) as cache:
+        gate = threading.Event()
+        cache._worker().files.ask(lambda: int(gate.wait(30)))
+        try:
+            for name in ("a", "b", "c"):
+                await cache.put(key(name), b"0123456789", 60)
+        finally:
+            gate.set()
+        await cache.flush()
+        assert [row[0] for row in rows(directory)] == [key("a"), key("b")]
+        await cache.put(key("c"), b"0123456789", 60)
+        await cache.flush()
+        assert len(rows(directory)) == 3
 
 
 async def test_a_directory_that_cannot_be_made_leaves_a_cache_in_memory(

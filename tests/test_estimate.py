@@ -136,16 +136,25 @@ def test_the_least_output_can_be_set() -> None:
     assert asked.minimum == 10 * 2000
 
 
-@given(price=prices, granted=st.integers(min_value=0, max_value=10**12), tokens=counts, n=choices, wanted=counts)
+@given(price=prices, tokens=counts, paid=counts, short=st.integers(min_value=-1000, max_value=1000), n=choices, wanted=counts)
 def test_a_grant_pays_for_what_it_affords_and_for_no_token_more(
-    price: Price, granted: int, tokens: int, n: int | None, wanted: int
+    price: Price, tokens: int, paid: int, short: int, n: int | None, wanted: int
 ) -> None:
+    granted = max(0, estimate.amount(tokens, paid, n, price) - short)
     output = estimate.affordable(granted, tokens, n, price, wanted)
     assert 0 <= output <= wanted
     if output:
         assert estimate.amount(tokens, output, n, price) <= granted
     if output < wanted:
         assert estimate.amount(tokens, output + 1, n, price) > granted
+
+
+def test_a_grant_pays_for_input_at_the_dearest_of_its_rates() -> None:
+    price = Price(1, 2, cache_write=5)
+    granted = estimate.amount(1000, 300, 2, price)
+    assert estimate.affordable(granted, 1000, 2, price, 4096) == 300
+    assert estimate.affordable(granted - 1, 1000, 2, price, 4096) == 299
+    assert estimate.affordable(1000, 1000, 2, price, 4096) == 0
 
 
 @given(price=prices, tokens=counts, n=choices, wanted=counts)
