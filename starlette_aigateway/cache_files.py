@@ -167,6 +167,7 @@ class CacheFiles:
         self._directory = directory
         self._path = directory / DBNAME
         self._purges = directory / "purges"
+        self._purges_name = str(self._purges)
         self._size_limit = size_limit
         self._clock = clock
         self._failed = failed
@@ -187,7 +188,7 @@ class CacheFiles:
     def generation(self) -> Generation:
         """What an entry is compared with at every read: so no worker answers from its memory what another one purged."""
         try:
-            facts = os.stat(self._purges)  # noqa: PTH116  # half the time of Path.stat, on the hot path
+            facts = os.stat(self._purges_name)  # noqa: PTH116  # half the time of Path.stat, on the hot path
         except OSError:
             return None
         return facts.st_ino, facts.st_size, facts.st_ctime_ns
