@@ -11,7 +11,7 @@ import anyio
 import pytest
 
 from starlette_aigateway.errors import AIGatewayError, ConfigurationError, NotFound, StorageUnavailable
-from starlette_aigateway.stores.sqlite.commit import GroupCommit
+from starlette_aigateway.stores.sqlite.commit import GroupCommit, LockFile
 
 pytestmark = pytest.mark.anyio
 
@@ -121,17 +121,29 @@ async def test_what_waits_is_one_batch(store: Store, commit: GroupCommit[int, in
     assert [sorted(batch) for batch in store.batches] == [[0], list(range(1, 51))]
 
 
-async def test_what_comes_while_the_lock_is_awaited_joins_the_batch(store: Store, commit: GroupCommit[int, int]) -> None:
+async def test_what_comes_while_the_lock_is_awaited_joins_the_batch(
+    store: Store, commit: GroupCommit[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     await commit.run(0)
+    refused = threading.Event()
+    attempt = LockFile._try
+
+    def watched(lock: LockFile, descriptor: int) -> bool:
+        taken = attempt(lock, descriptor)
+        if not taken:
+            refused.set()
+        return taken
+
+    monkeypatch.setattr(LockFile, "_try", watched)
     descriptor = os.open(store.lock_file, os.O_RDWR)
     fcntl.flock(descriptor, fcntl.LOCK_EX)
     async with anyio.create_task_group() as group:
-        for number in range(1, 4):
-            group.start_soon(commit.run, number)
-            await anyio.wait_all_tasks_blocked()
-        assert store.batches == [[0]]
+        group.start_soon(commit.run, 1)
+        await anyio.to_thread.run_sync(refused.wait)
+        group.start_soon(commit.run, 2)
+        await anyio.wait_all_tasks_blocked()
         os.close(descriptor)
-    assert store.batches == [[0], [1, 2, 3]]
+    assert store.batches == [[0], [1, 2]]
 
 
 async def test_a_lock_that_stays_taken_is_storage_unavailable_for_each_waiter(store: Store) -> None:

@@ -11,9 +11,12 @@ from pathlib import Path
 import anyio
 import pytest
 
-from starlette_aigateway.accounts import GATEWAY_SCOPE, ScopeClaim, UsageQuery
+from starlette_aigateway.accounts import GATEWAY_SCOPE, ScopeClaim, UsageQuery, UsageRecord
 from starlette_aigateway.errors import ConfigurationError, InvalidArgument, StorageUnavailable
+from starlette_aigateway.stores.sqlite.connection import connect
 from starlette_aigateway.stores.sqlite.ledger import SQLiteLedger
+from starlette_aigateway.stores.sqlite.ledger_batch import BatchWriter
+from starlette_aigateway.stores.sqlite.ledger_ops import Expire, Settle
 from starlette_aigateway.stores.sqlite.ledger_schema import SCHEMA, Prices
 from starlette_aigateway.stores.sqlite.ledger_usage import UsageReader
 from starlette_aigateway.testing.ledger import (
@@ -268,4 +271,19 @@ async def test_records_of_one_millisecond_all_have_their_place(ledger: SQLiteLed
         for number in range(500):
             group.start_soon(partial(ledger.settle, f"use_{number}", completed(1), now=NOON))
     assert (await ledger.usage(UsageQuery(limit=1000))).totals.calls == 500
+    await assert_clean(ledger)
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_a_settlement_that_arrives_with_the_sweep_is_exact_and_needs_no_adjustment(path: Path, ledger: SQLiteLedger) -> None:
+    await ledger.reserve(hold_request("a", 100), now=NOON)
+    connection = connect(path, durability="OFF", schema=SCHEMA)
+    with connection:
+        connection.execute("BEGIN IMMEDIATE")
+        late = NOON + LEASE
+        expired, record = BatchWriter(Prices()).apply(connection, [Expire(late), Settle("use_a", completed(30), late)])
+    connection.close()
+    assert expired == []
+    assert isinstance(record, UsageRecord)
+    assert (record.outcome, record.cost) == ("completed", 30)
     await assert_clean(ledger)

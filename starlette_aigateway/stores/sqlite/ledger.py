@@ -17,9 +17,10 @@ from ...policy.budgets import check_moment, check_request, check_settlement
 from ...types import Caps, Usage
 from .commit import GroupCommit
 from .connection import Durability, connect
-from .ledger_batch import DUE_AT_ONCE, BatchWriter, Expire, Op, Ping, Record, Release, Renew, Reserve, Result, SetCaps, Settle
+from .ledger_batch import DUE_AT_ONCE, BatchWriter
 from .ledger_budgets import read_budgets
 from .ledger_check import audit
+from .ledger_ops import Expire, Op, Ping, Record, Release, Renew, Reserve, Result, SetCaps, Settle
 from .ledger_schema import SCHEMA, Prices
 from .ledger_usage import UsageReader
 from .readers import Readers
@@ -28,9 +29,9 @@ from .readers import Readers
 class SQLiteLedger:
     """The `Ledger` seam over the file `path`, whose directory exists; `path` + `.lock` lies beside it.
 
-    Opens nothing before its first use, and opens anew in a forked child. Entering it opens the file, so that a host learns at start
-    what is wrong with it. `durability` is SQLite's `synchronous`: with `FULL` a grant survives a power cut. `timeout` is the longest
-    wait in seconds for other processes. Verbs raise `StorageUnavailable` where the file cannot be written or read.
+    Opens nothing before its first use, and opens anew in a forked child. Entering it opens the file and writes to it, so that a host
+    learns at start what is wrong. `durability` is SQLite's `synchronous`: with `FULL` a grant survives a power cut. `timeout` is the
+    longest wait in seconds for other processes. Verbs raise `StorageUnavailable` where the file cannot be written or read.
 
     A cancelled verb may still be carried out: shield it where its outcome matters.
     """
@@ -61,7 +62,7 @@ class SQLiteLedger:
 
     async def __aenter__(self) -> Self:
         try:
-            await self._readers.run(_probe)
+            await self.ping()
         except BaseException:
             await self.aclose()
             raise
@@ -135,10 +136,6 @@ class SQLiteLedger:
 
     async def ping(self) -> None:
         await self._commit.run(Ping())
-
-
-def _probe(connection: sqlite3.Connection) -> None:
-    connection.execute("SELECT count(*) FROM meta").fetchone()
 
 
 MAX_COUNT = 10**15

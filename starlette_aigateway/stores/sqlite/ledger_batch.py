@@ -9,15 +9,15 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Iterable, Sequence
 from itertools import chain
-from typing import Final, TypeAlias
+from typing import Final
 
 import msgspec
-from msgspec import Struct
 
-from ...accounts import Hold, HoldRequest, Settlement, UsageRecord
+from ...accounts import Hold, UsageRecord
 from ...errors import AIGatewayError
 from ...policy.budgets import Balance, Books, Periods, day_number, grant, periods_from, periods_of
 from ...types import Caps, Usage
+from .ledger_ops import Expire, Op, Ping, Record, Release, Renew, Reserve, Result, SetCaps, Settle
 from .ledger_schema import (
     ADJUSTED,
     NO_USAGE,
@@ -38,53 +38,6 @@ DUE_IN_PASSING = 32
 DUE_AT_ONCE = 1000
 KEEP_EXPIRED = 7 * 86_400.0
 """Seconds that an expired hold waits for a late settlement."""
-
-
-class Reserve(Struct, frozen=True):
-    request: HoldRequest
-    price: str | None
-    now: float
-
-
-class Settle(Struct, frozen=True):
-    hold_id: str
-    settlement: Settlement
-    now: float
-
-
-class Release(Struct, frozen=True):
-    hold_id: str
-    now: float
-    latency_ms: int | None
-
-
-class Renew(Struct, frozen=True):
-    hold_id: str
-    expires_at: float
-
-
-class Record(Struct, frozen=True):
-    record: UsageRecord
-    price: str | None
-
-
-class Expire(Struct, frozen=True):
-    """Books at most `DUE_AT_ONCE` holds."""
-
-    now: float
-
-
-class SetCaps(Struct, frozen=True):
-    scope: str
-    caps: Caps
-
-
-class Ping(Struct, frozen=True):
-    """Writes something of no meaning."""
-
-
-Op: TypeAlias = Reserve | Settle | Release | Renew | Record | Expire | SetCaps | Ping
-Result: TypeAlias = Hold | UsageRecord | Sequence[UsageRecord] | bool | None
 
 
 class Insert:
