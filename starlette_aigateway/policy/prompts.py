@@ -319,7 +319,6 @@ SETTINGS: Mapping[str, tuple[Check, str]] = {
     "max_tokens": (_is_count, "an integer of at least 1"),
     "n": (_is_count, "an integer of at least 1"),
     "top_p": (_is_number, "a number"),
-    "top_k": (_is_count, "an integer of at least 1"),
     "stop": (_is_stop, "a text or a list of texts"),
     "seed": (_is_integer, "an integer"),
     "presence_penalty": (_is_number, "a number"),
