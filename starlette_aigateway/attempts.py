@@ -346,6 +346,7 @@ def _done(attempt: Attempt, settlement: Settlement, record: UsageRecord | None, 
         record=record,
         cost=record.cost if record is not None else settlement.amount,
         lowered_to=attempt.lowered_to,
+        bound_imposed=attempt.output_bound is not None and not attempt.priced.ask.given,
         completion=completion,
     )
 

@@ -71,13 +71,15 @@ class Call(Struct, frozen=True, kw_only=True):
 class Done(Struct, frozen=True, kw_only=True):
     """A successful attempt, booked. `record` is None if the ledger could not be reached in time: the lease will book it.
 
-    `lowered_to` is the output bound in tokens where the budget afforded less than was wanted. `completion` is None for a stream.
+    `lowered_to` is the output bound in tokens where the budget afforded less than was wanted; `bound_imposed` says that the gateway sent
+    a bound that the caller had not asked for. `completion` is None for a stream.
     """
 
     provider: str
     record: UsageRecord | None
     cost: int
     lowered_to: int | None
+    bound_imposed: bool
     completion: Completion | None = None
 
 

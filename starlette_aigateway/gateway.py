@@ -13,6 +13,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import anyio
+import anyio.to_thread
 from limits.aio.storage import Storage
 from starlette.requests import HTTPConnection
 from starlette.types import Receive, Scope, Send
@@ -36,6 +38,7 @@ from .policy.pricing import ConfiguredPrices, PriceBook
 from .policy.routing import RetryPolicy
 from .protocols import Clock, KeyStore, Ledger, Observer, PriceStore, PromptStore, ResponseCache, TenantStore
 from .providers.simple import RegisteredProvider, adapt
+from .public_prices import PublicPrices
 from .stores.sqlite.config import ConfigDatabase
 from .stores.sqlite.connection import prepare_directory
 from .stores.sqlite.keys import SQLiteKeyStore
@@ -130,6 +133,7 @@ class AIGateway(Administration):
         self._embedded = embedded if data_dir is not None else None
         self._providers: dict[str, RegisteredProvider] = {}
         self._observers = Observers(observers)
+        self._public_prices = PublicPrices(clock=clock) if public_prices else None
         self._background = Background(timeouts.drain)
         self._lifecycle = Lifecycle(self._start, self._background, self._observers)
         self._responses: ResponseCache = responses or embedded.responses()
@@ -146,7 +150,7 @@ class AIGateway(Administration):
                 prompts=self._prompts,
                 tenants=self._tenants,
                 stored_prices=self._stored_prices,
-                prices=PriceBook(prices, _public_prices() if public_prices else None),
+                prices=PriceBook(prices, self._public_prices),
                 background=self._background,
                 clock=clock,
                 random=random,
@@ -208,6 +212,8 @@ class AIGateway(Administration):
         for store in {id(store): store for store in stores}.values():
             if isinstance(store, AbstractAsyncContextManager):
                 await opened.enter_async_context(store)
+        if self._public_prices is not None:
+            await anyio.to_thread.run_sync(self._public_prices.load)
         await self._ledger_store.set_caps(GATEWAY_SCOPE, self._limits.caps)
 
     async def ready(self) -> None:
@@ -377,12 +383,6 @@ def _positive(value: int | None, name: str) -> int | None:
 
 def _options(idempotency_key: str | None, timeout: float | None, tags: Mapping[str, str] | None, cache: CacheControl | None) -> CallOptions:
     return CallOptions(idempotency_key=idempotency_key, timeout=timeout, tags=tags or {}, cache=cache or CacheControl())
-
-
-def _public_prices() -> Any:
-    from .public_prices import PublicPrices  # an extra, loaded only by who asks for it
-
-    return PublicPrices()
 
 
 def _remove(path: Path, pid: int) -> None:

@@ -242,6 +242,15 @@ async def test_the_budget_lowers_a_bound_that_nobody_gave_and_says_so() -> None:
         assert len(provider.calls) == 2, "an answer that the budget cut short is not cached"
 
 
+async def test_an_answer_that_a_bound_of_ours_cut_short_is_shared_with_nobody() -> None:
+    provider = ScriptedProvider(Say("cut", finish_reason="length"), repeat=True)
+    async with gateway_with(provider) as gateway:
+        await gateway.complete(Principal("capped", tenant="t", hard_cap_usd=100), ask())
+        assert not (await gateway.complete(Principal("free", tenant="t"), ask())).cached
+        assert [call.max_tokens for call in provider.calls] == [4096, None]
+        assert (await gateway.complete(Principal("other", tenant="t"), ask())).cached, "its own end at its own length is a whole answer"
+
+
 async def test_an_uncapped_call_sends_no_bound_of_ours() -> None:
     provider = ScriptedProvider("hi")
     async with gateway_with(provider) as gateway:
