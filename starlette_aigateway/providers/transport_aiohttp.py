@@ -8,6 +8,7 @@ from io import BytesIO
 
 import aiohttp
 from aiohttp.http import HttpProcessingError
+from yarl import URL
 
 from ..errors import ProviderError, ProviderTimeout
 from ..protocols import HTTPRequest
@@ -33,7 +34,7 @@ class AiohttpTransport:
         session = await self._sessions.get()
         with _translated():
             response = await session.post(
-                request.url,
+                URL(request.url, encoded=True),  # as it was given, not normalised
                 data=_body(request.body),
                 headers={"accept-encoding": "identity", **request.headers},
                 allow_redirects=False,

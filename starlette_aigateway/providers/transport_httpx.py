@@ -44,10 +44,11 @@ class HttpxTransport:
                 stream=True,
                 follow_redirects=False,
             )
+        answer = HttpxAnswer(response, self._translated)
         try:
-            yield HttpxAnswer(response, self._translated)
+            yield answer
         finally:
-            await response.aclose()
+            await answer.aclose()
 
     async def aclose(self) -> None:
         await self._clients.aclose()
@@ -79,21 +80,30 @@ class HttpxAnswer:
     def __init__(self, response: Any, translated: Any) -> None:
         self._response = response
         self._translated = translated
+        self._chunks: AsyncGenerator[bytes, None] | None = None
         self.status: int = response.status_code
         self.headers: Mapping[str, str] = {name.lower(): value for name, value in response.headers.items()}
 
     async def read(self, limit: int) -> bytes:
         parts: list[bytes] = []
         size = 0
-        async with aclosing(self.chunks()) as chunks:
-            async for data in chunks:
-                size += len(data)
-                if size > limit:
-                    raise ProviderError(f"the provider's answer is longer than {limit} bytes", status=self.status)
-                parts.append(data)
+        async for data in self.chunks():
+            size += len(data)
+            if size > limit:
+                raise ProviderError(f"the provider's answer is longer than {limit} bytes", status=self.status)
+            parts.append(data)
         return b"".join(parts)
 
-    async def chunks(self) -> AsyncGenerator[bytes, None]:
+    def chunks(self) -> AsyncGenerator[bytes, None]:
+        self._chunks = self._read_chunks()
+        return self._chunks
+
+    async def aclose(self) -> None:
+        if self._chunks is not None:
+            await self._chunks.aclose()
+        await self._response.aclose()
+
+    async def _read_chunks(self) -> AsyncGenerator[bytes, None]:
         async with aclosing(self._response.aiter_bytes()) as body:
             while True:
                 with self._translated():
