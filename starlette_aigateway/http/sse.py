@@ -84,7 +84,6 @@ class EventStreamResponse(Response):
     def __init__(self, open_stream: Callable[[], Any], writer: Callable[[AnswerStream], Writer], id_headers: Mapping[str, str]) -> None:
         self.status_code = 200
         self.background = None
-        self.body = b""
         self.init_headers(HEADERS | dict(id_headers))
         self._open_stream = open_stream
         self._writer = writer
