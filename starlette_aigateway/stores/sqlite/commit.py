@@ -22,10 +22,8 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Generic, TypeVar
 
-import anyio
-from anyio.lowlevel import EventLoopToken, current_token
-
 from ...errors import AIGatewayError, StorageUnavailable
+from .wakeup import ring_all, wakeup
 
 Op = TypeVar("Op")
 Result = TypeVar("Result")
@@ -39,14 +37,13 @@ log = logging.getLogger("starlette_aigateway")
 
 
 class Waiter(Generic[Op, Result]):
-    """One operation under way. Filled by the writer thread, read by the event loop after `done` is set there."""
+    """One operation under way. Filled by the writer thread, read by the event loop after it is woken."""
 
-    __slots__ = ("done", "op", "outcome", "token")
+    __slots__ = ("op", "outcome", "wakeup")
 
     def __init__(self, op: Op) -> None:
         self.op = op
-        self.token: EventLoopToken = current_token()
-        self.done = anyio.Event()
+        self.wakeup = wakeup()
         self.outcome: Result | BaseException | None = None
 
 
@@ -76,13 +73,13 @@ class GroupCommit(Generic[Op, Result]):
         self._writer: _Writer[Op, Result] | None = None
 
     async def run(self, op: Op) -> Result:
-        waiter = Waiter[Op, Result](op)
+        waiter: Waiter[Op, Result] = Waiter(op)
         self._submit(waiter)
-        await waiter.done.wait()
+        await waiter.wakeup.wait()
         outcome = waiter.outcome
         if isinstance(outcome, BaseException):
             raise outcome
-        return outcome  # type: ignore[return-value]  # set by _deliver before `done`
+        return outcome  # type: ignore[return-value]  # set by _deliver before the wakeup
 
     def close(self) -> None:
         """Commits what is waiting and ends the thread. A later `run` starts a new one."""
@@ -270,23 +267,6 @@ class LockFile:
 
 
 def _deliver(batch: Sequence[Waiter[Op, Result]], outcomes: Sequence[Result | BaseException]) -> None:
-    """Wakes the waiters, with one call into each event loop."""
-    loops: dict[EventLoopToken, list[Waiter[Op, Result]]] = {}
     for waiter, outcome in zip(batch, outcomes, strict=True):
         waiter.outcome = outcome
-        loops.setdefault(waiter.token, []).append(waiter)
-    for token, waiters in loops.items():
-        _call_soon(token, waiters)
-
-
-def _call_soon(token: EventLoopToken, waiters: Sequence[Waiter[Op, Result]]) -> None:
-    def wake() -> None:
-        for waiter in waiters:
-            waiter.done.set()
-
-    native = token.native_token
-    schedule = getattr(native, "call_soon_threadsafe", None) or native.run_sync_soon  # type: ignore[attr-defined]  # asyncio's loop, trio's token
-    try:
-        schedule(wake)
-    except RuntimeError:  # the loop was closed while its operation was being committed; asyncio and trio.RunFinishedError
-        log.debug("a waiter's event loop is closed")
+    ring_all([waiter.wakeup for waiter in batch])

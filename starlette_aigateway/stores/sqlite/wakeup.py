@@ -1,0 +1,92 @@
+"""How a thread wakes a task of an event loop: futures on asyncio, events elsewhere. One is made for each operation: it is cheap."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+from typing import Protocol, TypeAlias
+
+import anyio
+from anyio.lowlevel import current_token
+
+Schedule: TypeAlias = Callable[[Callable[[], object]], object]
+log = logging.getLogger("starlette_aigateway")
+
+
+class Wakeup(Protocol):
+    """What a task waits for. `loop` tells the loops apart; `ring` is called in the loop, any number of times."""
+
+    loop: object
+
+    async def wait(self) -> None: ...
+
+    def ring(self) -> None: ...
+
+    def schedule(self, callback: Callable[[], None]) -> None:
+        """Runs `callback` in the loop, from any thread. Raises `RuntimeError` where the loop is closed."""
+
+
+def wakeup() -> Wakeup:
+    """For the task that runs now."""
+    try:
+        loop = asyncio.get_running_loop()
+    except RuntimeError:  # not asyncio
+        return EventWakeup()
+    return FutureWakeup(loop)
+
+
+class FutureWakeup:
+    __slots__ = ("_future", "loop")
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        self._future: asyncio.Future[None] = loop.create_future()
+
+    async def wait(self) -> None:
+        await self._future
+
+    def ring(self) -> None:
+        if not self._future.done():
+            self._future.set_result(None)
+
+    def schedule(self, callback: Callable[[], None]) -> None:
+        self.loop.call_soon_threadsafe(callback)
+
+
+class EventWakeup:
+    __slots__ = ("_event", "_schedule", "loop")
+
+    def __init__(self) -> None:
+        self.loop: object = current_token().native_token
+        self._event = anyio.Event()
+        self._schedule: Schedule = self.loop.run_sync_soon  # type: ignore[attr-defined]  # trio's token
+
+    async def wait(self) -> None:
+        await self._event.wait()
+
+    def ring(self) -> None:
+        self._event.set()
+
+    def schedule(self, callback: Callable[[], None]) -> None:
+        self._schedule(callback)
+
+
+def ring_all(wakeups: Sequence[Wakeup]) -> None:
+    """Wakes every waiter, with one call into each event loop."""
+    loops: dict[int, list[Wakeup]] = {}
+    for one in wakeups:
+        loops.setdefault(id(one.loop), []).append(one)
+    for ringing in loops.values():
+        _ring_in_loop(ringing)
+
+
+def _ring_in_loop(wakeups: Sequence[Wakeup]) -> None:
+    def ring() -> None:
+        for one in wakeups:
+            one.ring()
+
+    try:
+        wakeups[0].schedule(ring)
+    except RuntimeError:  # closed while its operation was being committed; asyncio's own, and trio.RunFinishedError
+        log.debug("a waiter's event loop is closed")
