@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import math
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from typing import Any, TypeVar, cast
 
@@ -109,15 +109,16 @@ def _models(value: Any, name: str) -> Mapping[str, str] | None:
         raise ConfigurationError(
             f"provider {name}: models must be a list of names or a mapping of public to upstream names", param="models"
         )
-    names = dict(value) if isinstance(value, Mapping) else {model: model for model in value}
+    upstream = value.values() if isinstance(value, Mapping) else value
+    names = (*value, *upstream)
     if not names:
         raise ConfigurationError(f"provider {name}: models is empty, so it would serve nothing; None serves every name", param="models")
-    for model in (*names, *names.values()):
+    for model in names:
         if not isinstance(model, str) or not 1 <= len(model) <= 200 or not model.isprintable():
             raise ConfigurationError(
                 f"provider {name}: the names in models must be strings of 1 to 200 printable characters", param="models"
             )
-    return names
+    return dict(zip(value, upstream, strict=True))
 
 
 def _seconds(value: Any, name: str) -> float | None:
@@ -169,11 +170,17 @@ class SimpleAnswer:
         self._provider = provider
         self._streaming = streaming
         self._source: AsyncIterator[Chunk] | None = None
+        self._events: AsyncGenerator[Chunk, None] | None = None
 
     async def completion(self) -> Completion:
         return _checked_completion(await self._guard(lambda: self._provider.complete(self._call.request)), self._name)
 
-    async def events(self) -> AsyncIterator[Chunk]:
+    def events(self) -> AsyncIterator[Chunk]:
+        if self._events is None:
+            self._events = self._read_events()
+        return self._events
+
+    async def _read_events(self) -> AsyncGenerator[Chunk, None]:
         if self._streaming is None:
             for chunk in _pieces(await self.completion()):
                 yield chunk
@@ -191,6 +198,8 @@ class SimpleAnswer:
 
     async def aclose(self) -> None:
         """Closes the host's generator, also when this task is being cancelled; what it raises then can change nothing any more."""
+        if self._events is not None:
+            await self._events.aclose()
         close = getattr(self._source, "aclose", None)
         if close is None:
             return
