@@ -165,6 +165,11 @@ class Administration:
         await self.ready()
         await self._stored_prices.put(provider, model, price)
 
+    async def list_prices(self) -> Mapping[tuple[str | None, str], Price]:
+        """Every stored price by `(provider or None, model)`; those given as `prices=` are not among them."""
+        await self.ready()
+        return await self._stored_prices.all()
+
     # -- prompts -----------------------------------------------------------------------------------------------------
 
     async def save_prompt(
@@ -286,6 +291,23 @@ class Administration:
         if gateway:
             scopes[GATEWAY_SCOPE] = None
         return await self._ledger.budgets(scopes, now=self._clock())
+
+    async def budgets_of_keys(self, keys: Sequence[Key], *, gateway: bool = False) -> Sequence[Sequence[Budget]]:
+        """`budgets` of each key, in one question to the ledger."""
+        await self.ready()
+        of_key: list[list[str]] = []
+        caps: dict[str, Caps | None] = {GATEWAY_SCOPE: None} if gateway else {}
+        for key in keys:
+            scopes = [principal_scope(key.id)]
+            caps[scopes[0]] = with_defaults(key, self._default_limits).caps
+            if key.tenant is not None:
+                scopes.append(tenant_scope(key.tenant))
+                caps[scopes[1]] = None
+            of_key.append([*scopes, GATEWAY_SCOPE] if gateway else scopes)
+        by_scope: dict[str, list[Budget]] = {}
+        for budget in await self._ledger.budgets(caps, now=self._clock()):
+            by_scope.setdefault(budget.scope, []).append(budget)
+        return [[budget for scope in scopes for budget in by_scope[scope]] for scopes in of_key]
 
     async def check_ledger(self) -> Sequence[Finding]:
         """Verifies the invariants of the ledger over everything stored; empty when they hold."""

@@ -39,7 +39,7 @@ def usd(value: Money, name: str = "amount") -> Decimal:
         raise InvalidArgument(f"{name} must be at most {MAX_USD} US dollars", param=name)
     if amount != amount.quantize(Decimal("1e-9")):
         raise InvalidArgument(f"{name} must have at most nine decimal places (nano-USD)", param=name)
-    return amount
+    return amount if amount else Decimal(0)  # `0E-99999999` is a zero too, and a hundred megabytes of text
 
 
 def nano(amount: Decimal) -> int:

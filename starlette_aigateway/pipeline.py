@@ -3,8 +3,9 @@
     render     prompt reference -> messages
     plan       model -> ordered, priced targets
     authorize  requested name vs allowed models
+    lookup     a cached answer takes no tokens and no money
     limit      request and token windows
-    lookup     a cached answer is recorded at cost 0
+    serve      the cached answer, recorded at cost 0; else
     flight     an identical call in the air is waited for
     attempt    hold -> call -> settle | release, at one target after another
     keep       the answer goes into the cache
@@ -30,7 +31,7 @@ from .errors import AIGatewayError, CostUnbounded, NotFound, PriceUnknown, Provi
 from .events import CallRecorded, CallRefused, Event
 from .flights import Flights
 from .limiter import Limiter
-from .policy import caching, estimate, keys, prompts, routing
+from .policy import caching, estimate, keys, models, prompts, routing
 from .policy.caching import CachedAnswer, CachedCompletion, CachedEvents, CachePolicy
 from .policy.defaults import with_defaults
 from .policy.pricing import PriceBook
@@ -47,6 +48,7 @@ from .types import (
     Tenant,
     Timeouts,
     Usage,
+    WindowState,
 )
 from .wires import openai_chat
 
@@ -100,9 +102,8 @@ class Pipeline:
         """A whole answer. Raises any of the errors in `errors.py`, their `request_id` set."""
         with self._telling(principal, request, request_id):
             call = await self._admit(principal, request, options, request_id, stream=False)
-            stored = await self._lookup(call)
-            if stored is not None:
-                return await self._serve_stored(call, stored)
+            if call.stored is not None:
+                return await self._serve_stored(call, call.stored)
             return await self._fly(call, await self._offer(call))
 
     @asynccontextmanager
@@ -112,7 +113,7 @@ class Pipeline:
         """An open stream, past its first content: what refuses the call, or fails at every provider, is raised before the block."""
         with self._telling(principal, request, request_id):
             call = await self._admit(principal, request, options, request_id, stream=True)
-            stored = await self._lookup(call)
+            stored = call.stored
             if stored is not None:
                 await self._record_free(call, stored.provider, stored.content.model, stored.usage)
             else:
@@ -135,12 +136,34 @@ class Pipeline:
                         await job.result()
                 yield LiveStream(job, relay, call)
 
+    # -- what a principal may know ------------------------------------------------------------------------------------
+
+    def limits(self, principal: Principal) -> Limits:
+        """The limits that hold for `principal`, defaults included."""
+        return with_defaults(principal, self._s.default_limits)
+
+    async def windows(self, principal: Principal) -> Sequence[WindowState]:
+        """The sliding windows of `principal` and of its tenant as they are now; takes nothing. Raises `StorageUnavailable`."""
+        owners = self._owners(principal, self.limits(principal), await self._tenant(principal))
+        claims: list[WindowClaim] = []
+        for scope, limits in owners:
+            if scope != GATEWAY_SCOPE and limits.requests_per_minute is not None:
+                claims.append(WindowClaim(scope, "requests", limits.requests_per_minute))
+            if scope != GATEWAY_SCOPE and limits.tokens_per_minute is not None:
+                claims.append(WindowClaim(scope, "tokens", limits.tokens_per_minute))
+        return await self._s.limiter.peek(claims)
+
+    async def models(self, principal: Principal) -> Mapping[str, str]:
+        """The model names that `principal` is shown, and the provider that is asked first for each."""
+        priced = self._s.prices.configured.keys() | (await self._s.stored_prices.all()).keys()
+        return models.listed(tuple(self._s.providers.values()), priced, principal.allowed_models)
+
     # -- before the first attempt ------------------------------------------------------------------------------------
 
     async def _admit(
         self, principal: Principal, request: CompletionRequest, options: CallOptions, request_id: str, *, stream: bool
     ) -> Call:
-        """Renders, plans, authorizes and limits; what comes out may be answered."""
+        """Renders, plans, authorizes, looks the answer up and limits; what comes out may be answered."""
         started = anyio.current_time()
         openai_chat.validate(request)
         requested = request.model
@@ -149,7 +172,9 @@ class Pipeline:
         keys.authorize(principal, requested or request.model)
         limits = with_defaults(principal, self._s.default_limits)
         tenant = await self._tenant(principal)
-        claims = self._claims(principal, limits, tenant, request)
+        cache_key = self._cache_key(principal, request, options, plan, stream=stream)
+        stored = await self._lookup(cache_key, options)
+        claims = self._claims(principal, limits, tenant, request, free=stored is not None)
         windows = await self._s.limiter.admit(claims)
         return Call(
             request_id=request_id,
@@ -162,7 +187,8 @@ class Pipeline:
             capped=limits.capped or tenant.capped or self._s.limits.capped,
             claims=claims,
             windows=windows,
-            cache_key=self._cache_key(principal, request, options, plan, stream=stream),
+            cache_key=cache_key,
+            stored=stored,
             started=started,
             admitted_at=self._s.clock(),
             deadline=started + min(self._s.timeouts.call, options.timeout or self._s.timeouts.call),
@@ -199,13 +225,16 @@ class Pipeline:
             return principal.tenant
         return await self._s.tenants.get(principal.tenant) or NO_LIMITS
 
-    def _claims(self, principal: Principal, limits: Limits, tenant: Limits, request: CompletionRequest) -> tuple[WindowClaim, ...]:
+    def _claims(
+        self, principal: Principal, limits: Limits, tenant: Limits, request: CompletionRequest, *, free: bool
+    ) -> tuple[WindowClaim, ...]:
+        """The windows that a call has to pass; an answer that is `free` takes no tokens."""
         claims: list[WindowClaim] = []
         tokens: int | None = None
         for scope, owner in self._owners(principal, limits, tenant):
             if owner.requests_per_minute is not None:
                 claims.append(WindowClaim(scope, "requests", owner.requests_per_minute))
-            if owner.tokens_per_minute is not None:
+            if owner.tokens_per_minute is not None and not free:
                 tokens = tokens or estimate.tokens_for_window(request, request.max_tokens)
                 claims.append(WindowClaim(scope, "tokens", owner.tokens_per_minute, tokens))
         return tuple(claims)
@@ -237,12 +266,12 @@ class Pipeline:
             return None
         return caching.cache_key(request, stream=stream, plan=plan.fingerprint, scope=caching.shared_by(self._s.cache.scope, principal))
 
-    async def _lookup(self, call: Call) -> CachedAnswer | None:
-        if call.cache_key is None or not call.options.cache.read:
+    async def _lookup(self, key: str | None, options: CallOptions) -> CachedAnswer | None:
+        if key is None or not options.cache.read:
             return None
-        value = await self._s.responses.get(call.cache_key)
+        value = await self._s.responses.get(key)
         stored = None if value is None else caching.decode(value)
-        if stored is None or not caching.fresh(stored, call.options.cache, self._s.clock(), self._s.cache.ttl):
+        if stored is None or not caching.fresh(stored, options.cache, self._s.clock(), self._s.cache.ttl):
             return None
         return stored
 
@@ -259,7 +288,7 @@ class Pipeline:
         )
 
     async def _record_free(self, call: Call, provider: str, response_model: str | None, usage: Usage | None) -> None:
-        """The record of an answer at cost zero. Its tokens count in no window: what the estimate took is given back."""
+        """The record of an answer at cost zero."""
         now = self._s.clock()
         record = UsageRecord(
             id=keys.mint_id("use_", now, self._s.random),
@@ -282,7 +311,6 @@ class Pipeline:
         )
         await self._s.ledger.record(record)
         self._s.emit(CallRecorded(record=record))
-        await self._s.limiter.correct(call.claims, 0, admitted_at=call.admitted_at)
 
     # -- answers of a provider ---------------------------------------------------------------------------------------
 
@@ -354,7 +382,7 @@ class Pipeline:
             done = await self._attempt(call, offer, job)
             return done
         finally:
-            self._flights.land(key, done if done is not None and done.lowered_to is None else None)
+            self._flights.land(key, done if done is not None and _shareable(done) else None)
 
     async def _attempt(self, call: Call, offer: Offer, job: Job[Done]) -> Done:
         done = await self._attempts.complete(call, offer, job)
@@ -365,6 +393,7 @@ class Pipeline:
         completion = done.completion
         assert completion is not None
         await self._record_free(call, done.provider, completion.model, completion.usage)
+        await self._s.limiter.correct(call.claims, 0, admitted_at=call.admitted_at)
         return Served(
             request_id=call.request_id, provider=done.provider, cost=0, cache="hit", windows=call.windows, age=0.0, completion=completion
         )
@@ -401,7 +430,7 @@ class Pipeline:
         if value is not None and caching.storable(
             answer.finish_reason,
             complete=answer.finish_reason is not None,
-            bound_lowered=done.lowered_to is not None,
+            bound_lowered=done.bound_imposed,
             size=len(value),
             policy=self._s.cache,
         ):
@@ -421,3 +450,9 @@ class Pipeline:
             error.request_id = request_id
             self._s.emit(CallRefused(request_id=request_id, principal=principal.id, model=request.model or None, code=error.code))
             raise
+
+
+def _shareable(done: Done) -> bool:
+    """An answer that a bound of the gateway's own cut short is this caller's alone."""
+    completion = done.completion
+    return completion is not None and not caching.cut_short(completion.finish_reason, bound_lowered=done.bound_imposed)

@@ -148,7 +148,7 @@ def model_names(value: Any, name: str = "allowed_models") -> tuple[str, ...] | N
     """A list of model names, or None for every model. Raises `InvalidArgument`."""
     if value is None:
         return None
-    if isinstance(value, str) or not isinstance(value, Iterable):
+    if isinstance(value, str | Mapping) or not isinstance(value, Iterable):
         raise InvalidArgument(f"{name} must be a list of model names or None", param=name)
     return tuple(dict.fromkeys(check_id(model, name) for model in value))
 

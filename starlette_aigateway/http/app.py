@@ -11,14 +11,15 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from ..administration import Administration
-from ..errors import AIGatewayError, AuthenticationError, ConfigurationError, NotFound
+from ..errors import AIGatewayError, ConfigurationError, NotFound, RequestError
 from ..observing import Observers
 from ..pipeline import Pipeline
 from .bodies import ClientLeft
-from .door import Door, credential
+from .door import Door
 from .errors import error_response, host_refusal
 from .exchange import Exchange
-from .routes import ROUTES, Route, Router
+from .router import Match, Route, Router
+from .routes import ROUTES
 
 log = logging.getLogger("starlette_aigateway")
 
@@ -56,6 +57,9 @@ class HTTPApp:
             pipeline=self._pipeline,
             administration=self._administration,
             max_body_bytes=self._max_body_bytes,
+            emit=self._observers.emit,
+            check=self.check,
+            has_admins=self._door.has_admins,
         )
         try:
             response = await self._answer(exchange, scope)
@@ -67,10 +71,8 @@ class HTTPApp:
 
     async def _answer(self, exchange: Exchange, scope: Scope) -> Response:
         try:
-            match = self._router.match(route_path(scope))
-            if match is None:
-                raise NotFound("there is no such route")
-            route = match.routes.get(scope["method"])
+            match = self._match(route_path(scope))
+            route = match.routes.get("GET" if scope["method"] == "HEAD" else scope["method"])
             if route is None:
                 return method_not_allowed(sorted(match.routes), exchange)
             exchange.path = match.path
@@ -91,6 +93,15 @@ class HTTPApp:
         response.headers.update(exchange.id_headers)
         return response
 
+    def _match(self, path: str) -> Match:
+        """Raises `NotFound`, also for the admin routes of a host that has no administrators."""
+        match = self._router.match(path)
+        if match is None:
+            raise NotFound("there is no such route")
+        if not self._door.has_admins and all(route.guard == "admin" for route in match.routes.values()):
+            raise NotFound("there is no such route")
+        return match
+
     async def _let_in(self, exchange: Exchange, route: Route) -> None:
         """Before the body is read: a credential that is refused costs no upload."""
         if route.guard == "open":
@@ -105,16 +116,9 @@ class HTTPApp:
 
     async def _let_in_either(self, exchange: Exchange) -> None:
         """A caller sees its own, an administrator everything. An administrator is whoever the host says, and never a data key."""
-        given = credential(exchange.connection)
-        try:
+        exchange.admin = await self._door.admin_if_any(exchange.connection)
+        if exchange.admin is None:
             exchange.caller = await self._door.principal(exchange.connection)
-        except (AuthenticationError, HTTPException):
-            if not self._door.has_admins or (given is not None and given.startswith("aigw_")):
-                raise
-        if exchange.caller is None or exchange.caller.key_id is None:
-            exchange.admin = await self._door.admin_if_any(exchange.connection)
-            if exchange.caller is None and exchange.admin is None:
-                raise AuthenticationError("this needs an API key or an administrator's login")
 
 
 def route_path(scope: Scope) -> str:
@@ -127,7 +131,7 @@ def route_path(scope: Scope) -> str:
 
 
 def method_not_allowed(methods: list[str], exchange: Exchange) -> Response:
-    error = AIGatewayError(f"this route takes {', '.join(methods)}", code="method_not_allowed")
+    error = RequestError(f"this route takes {', '.join(methods)}", code="method_not_allowed")
     error.request_id = exchange.request_id
     response = error_response(error)
     response.status_code = 405

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import msgspec
@@ -61,3 +62,11 @@ def decode_object(body: bytes) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise InvalidRequest("the body must be a JSON object", code="invalid_json")
     return value
+
+
+def known_fields(body: Mapping[str, Any], known: Collection[str], within: str = "") -> None:
+    """Raises `InvalidRequest`, naming the first field that is not `known` and those that are. `within` is `price.` for its fields."""
+    for name in body:
+        if name not in known:
+            shown = name[:100]
+            raise InvalidRequest(f"there is no field {shown!r} here; there are {', '.join(sorted(known))}", param=f"{within}{shown}")

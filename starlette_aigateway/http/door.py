@@ -85,7 +85,7 @@ class Door:
             return None
         try:
             return await self.admin(connection)
-        except (PermissionDenied, HTTPException):
+        except (AuthenticationError, PermissionDenied, HTTPException):
             return None
 
     async def admin(self, connection: HTTPConnection) -> Admin:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,17 +14,21 @@ from starlette.types import Receive
 
 from ..administration import Administration
 from ..errors import AuthenticationError, PermissionDenied
+from ..events import AdminActed, Event
 from ..pipeline import Pipeline
 from ..types import Principal
 from . import bodies
 from .door import Admin
+from .query import Query
 
 CLIENT_ID_LENGTH = 128
+log = logging.getLogger("starlette_aigateway")
 
 
 @dataclass(slots=True, kw_only=True)
 class Exchange:
-    """`request_id` is minted by us; `x-request-id` of the client is echoed and is never an identity."""
+    """`request_id` is minted by us; `x-request-id` of the client is echoed and is never an identity. `check` raises where a call could
+    not be metered now; `has_admins` says whether the admin routes exist."""
 
     connection: HTTPConnection
     receive: Receive
@@ -32,6 +37,9 @@ class Exchange:
     pipeline: Pipeline
     administration: Administration
     max_body_bytes: int
+    emit: Callable[[Event], None]
+    check: Callable[[], Awaitable[None]]
+    has_admins: bool
     caller: Principal | None = None
     admin: Admin | None = None
 
@@ -52,6 +60,20 @@ class Exchange:
         headers = self.connection.headers
         bodies.require_json(headers)
         return bodies.decode_object(await bodies.read(self.receive, headers, self.max_body_bytes))
+
+    def query(self, *known: str) -> Query:
+        """The query string, in which only the `known` parameters may be. Raises `InvalidRequest`."""
+        return Query(self.connection, known)
+
+    def acted(self, action: str, subject: str) -> None:
+        """Tells log and observers what an administrator has changed."""
+        actor = self.administrator.actor
+        log.info("admin %r: %s %r (request %s)", actor, action, subject, self.request_id)
+        self.emit(AdminActed(actor=actor, action=action, subject=subject))
+
+    def answer(self, value: object, status: int = 200) -> Response:
+        """JSON that is this caller's alone, and only now."""
+        return json_response(value, status, {**self.id_headers, "cache-control": "no-store"})
 
     @property
     def id_headers(self) -> dict[str, str]:

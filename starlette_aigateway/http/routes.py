@@ -2,75 +2,84 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Literal
-
-from msgspec import Struct
 from starlette.responses import Response
 
-from . import calls
+from . import admin_keys, admin_prices, admin_prompts, admin_tenants, calls, health, me, models, openapi, usage
 from .exchange import Exchange
+from .router import Route
 
-Guard = Literal["open", "caller", "admin", "caller_or_admin"]
-Handler = Callable[[Exchange], Awaitable[Response]]
+CALL_ERRORS = (402, 403, 404, 409, 422, 502, 504)
+PAGED = ("limit", "cursor")
 
 
-class Route(Struct, frozen=True):
-    """`path` may hold `{name}` segments. `guard` is checked before the body is read."""
-
-    method: str
-    path: str
-    guard: Guard
-    handler: Handler
-    summary: str
+async def openapi_json(exchange: Exchange) -> Response:
+    """The truth about this table, as it is served here."""
+    root = exchange.connection.scope.get("root_path", "")
+    return exchange.answer(openapi.document(ROUTES, server=root or "/", has_admins=exchange.has_admins))
 
 
 ROUTES: tuple[Route, ...] = (
-    Route("POST", "/complete", "caller", calls.complete, "A completion, whole or streamed"),
-    Route("POST", "/v1/chat/completions", "caller", calls.chat_completions, "A completion on the OpenAI Chat Completions wire"),
-)
-
-
-class Match(Struct, frozen=True):
-    """What a path is: the routes by method, and its `{name}` segments. No route at all is a 404, one with other methods a 405."""
-
-    routes: Mapping[str, Route]
-    path: Mapping[str, str]
-
-
-class Router:
-    """Exact paths by one dictionary lookup, the others segment by segment."""
-
-    def __init__(self, routes: Sequence[Route]) -> None:
-        self._exact: dict[str, dict[str, Route]] = {}
-        self._patterns: dict[tuple[str, ...], dict[str, Route]] = {}
-        for route in routes:
-            if "{" in route.path:
-                self._patterns.setdefault(tuple(route.path.split("/")), {})[route.method] = route
-            else:
-                self._exact.setdefault(route.path, {})[route.method] = route
-
-    def match(self, path: str) -> Match | None:
-        exact = self._exact.get(path)
-        if exact is not None:
-            return Match(exact, {})
-        segments = path.split("/")
-        for pattern, routes in self._patterns.items():
-            values = _fit(pattern, segments)
-            if values is not None:
-                return Match(routes, values)
-        return None
-
-
-def _fit(pattern: Sequence[str], segments: Sequence[str]) -> dict[str, str] | None:
-    if len(pattern) != len(segments):
-        return None
-    values: dict[str, str] = {}
-    for wanted, segment in zip(pattern, segments, strict=True):
-        if wanted.startswith("{"):
-            if not segment:
-                return None
-            values[wanted[1:-1]] = segment
-        elif wanted != segment:
-            return None
-    return values
+    Route(
+        "POST", "/complete", "caller", calls.complete, "A completion, whole or streamed",
+        body="CompletionRequest", answer="Completion", errors=CALL_ERRORS, metered=True,
+    ),
+    Route(
+        "POST", "/v1/chat/completions", "caller", calls.chat_completions, "A completion on the OpenAI Chat Completions wire",
+        body="ChatCompletionRequest", answer="ChatCompletion", errors=CALL_ERRORS, metered=True,
+    ),
+    Route("GET", "/v1/models", "caller", models.list_models, "The models that the caller may use", answer="ModelList"),
+    Route("GET", "/v1/models/{id:path}", "caller", models.get_model, "One of these models", answer="Model", errors=(404,)),
+    Route("GET", "/me", "caller", me.me, "The caller's own limits, windows and budgets", answer="Me", errors=(400,)),
+    Route("GET", "/keys", "admin", admin_keys.list_keys, "Keys, oldest first", answer="KeyList", query=("tenant", *PAGED)),
+    Route("POST", "/keys", "admin", admin_keys.create_key, "A new key, shown this once", body="NewKey", answer="RawKey", status=201),
+    Route("GET", "/keys/{id}", "admin", admin_keys.get_key, "A key and its budgets", answer="Key"),
+    Route("PATCH", "/keys/{id}", "admin", admin_keys.update_key, "Changes a key; null is no limit", body="KeyChanges", answer="Key"),
+    Route("DELETE", "/keys/{id}", "admin", admin_keys.revoke_key, "Revokes a key, from the next call on", answer="Key"),
+    Route(
+        "POST", "/keys/{id}/rotate", "admin", admin_keys.rotate_key, "A new raw key for the same id, shown this once",
+        body="Rotation", answer="RawKey",
+    ),
+    Route("GET", "/tenants", "admin", admin_tenants.list_tenants, "Tenants in the order of their ids", answer="TenantList", query=PAGED),
+    Route("GET", "/tenants/{id:path}", "admin", admin_tenants.get_tenant, "A tenant and its budgets", answer="Tenant"),
+    Route(
+        "PUT", "/tenants/{id:path}", "admin", admin_tenants.put_tenant, "Creates a tenant or replaces all its limits",
+        body="Limits", answer="Tenant",
+    ),
+    Route(
+        "PATCH", "/tenants/{id:path}", "admin", admin_tenants.update_tenant, "Changes a tenant; null is no limit",
+        body="Limits", answer="Tenant",
+    ),
+    Route(
+        "GET", "/prompts", "admin", admin_prompts.list_prompts, "The highest version of each prompt",
+        answer="PromptList", query=("tenant", *PAGED),
+    ),
+    Route(
+        "POST", "/prompts", "admin", admin_prompts.create_prompt, "Adds a version of the prompt that the body names",
+        body="NewPrompt", answer="Prompt", status=201, query=("tenant",),
+    ),
+    Route(
+        "GET", "/prompts/{name}", "admin", admin_prompts.get_prompt, "All versions, newest first, or the one that is named",
+        answer="PromptOrVersions", query=("tenant", "version", "label", *PAGED),
+    ),
+    Route(
+        "POST", "/prompts/{name}", "admin", admin_prompts.add_version, "Adds a version",
+        body="NewVersion", answer="Prompt", status=201, query=("tenant",),
+    ),
+    Route(
+        "POST", "/prompts/{name}/activate", "admin", admin_prompts.activate_prompt, "Points a label at a version, forward or back",
+        body="Activation", answer="Prompt", query=("tenant",),
+    ),
+    Route(
+        "POST", "/prompts/{name}/render", "admin", admin_prompts.render_prompt, "The messages that a call would send",
+        body="Rendering", answer="Rendered", query=("tenant",), errors=(422,),
+    ),
+    Route("GET", "/prices", "admin", admin_prices.list_prices, "The stored prices", answer="PriceList"),
+    Route("PUT", "/prices", "admin", admin_prices.put_price, "Sets or removes one stored price", body="NewPrice", answer="StoredPrice"),
+    Route(
+        "GET", "/usage", "caller_or_admin", usage.usage, "Totals, groups and records: all for an admin, a caller's own",
+        answer="UsageReport", query=(*usage.FILTERS, "group_by", *PAGED, "format"), errors=(400, 403, 404), csv=True,
+    ),
+    Route("GET", "/healthz", "open", health.alive, "This process answers", answer="Health"),
+    Route("GET", "/readyz", "open", health.ready, "A call could be metered now", answer="Health", errors=(503,)),
+    Route("GET", "/openapi.json", "open", openapi_json, "This document", answer="Document"),
+)  # fmt: skip

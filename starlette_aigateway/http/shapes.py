@@ -2,11 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from .. import money
+from ..accounts import Budget, StoredPrompt, UsageRecord, UsageReport, UsageTotals
+from ..policy.prompts import variables
 from ..streams import AnswerStream
-from ..types import Answer, Completion, Usage
+from ..types import (
+    CAP_NAMES,
+    COUNT_NAMES,
+    Answer,
+    Completion,
+    Key,
+    Limits,
+    Price,
+    Tenant,
+    Usage,
+    WindowState,
+    rfc3339,
+    utc,
+)
 
 
 def usage(value: Usage | None) -> dict[str, int] | None:
@@ -44,4 +60,137 @@ def stream_end(stream: AnswerStream, completion: Completion, model: str) -> dict
         "usage": usage(stream.usage),
         "cost_usd": money.text(stream.cost_usd),
         "cached": stream.cached,
+    }
+
+
+def limits(value: Limits) -> dict[str, Any]:
+    """The six limits; null is no limit."""
+    counts = {name: getattr(value, name) for name in COUNT_NAMES}
+    return counts | {name: money.text(getattr(value, name)) for name in CAP_NAMES}
+
+
+def budget(value: Budget) -> dict[str, Any]:
+    return {
+        "scope": value.scope.partition(":")[0],
+        "window": value.window,
+        "period": value.period,
+        "cap_usd": money.text(value.cap_usd),
+        "spent_usd": money.text(value.spent_usd),
+        "held_usd": money.text(value.held_usd),
+        "remaining_usd": money.text(value.remaining_usd),
+    }
+
+
+def window(state: WindowState) -> dict[str, Any]:
+    claim = state.claim
+    return {
+        "scope": claim.scope_kind,
+        "window": claim.kind,
+        "limit": claim.limit,
+        "seconds": claim.seconds,
+        "remaining": state.remaining,
+        "reset_after_seconds": state.reset_after,
+    }
+
+
+def key(value: Key, budgets: Sequence[Budget]) -> dict[str, Any]:
+    return {
+        "id": value.id,
+        "name": value.name,
+        "hint": value.hint,
+        "tenant": value.tenant,
+        "allowed_models": value.allowed_models,
+        **limits(value),
+        "expires_at": rfc3339(value.expires_at),
+        "revoked_at": rfc3339(value.revoked_at),
+        "created_at": rfc3339(value.created_at),
+        "metadata": value.metadata,
+        "budgets": [budget(one) for one in budgets],
+    }
+
+
+def tenant(value: Tenant, budgets: Sequence[Budget]) -> dict[str, Any]:
+    return {"id": value.id, **limits(value), "budgets": [budget(one) for one in budgets]}
+
+
+def price(value: Price | None) -> dict[str, str | None] | None:
+    if value is None:
+        return None
+    return {
+        "input": money.text(value.input),
+        "output": money.text(value.output),
+        "cache_read": money.text(value.cache_read),
+        "cache_write": money.text(value.cache_write),
+        "request": money.text(value.request),
+    }
+
+
+def prompt_summary(value: StoredPrompt) -> dict[str, Any]:
+    """The highest version, without its messages."""
+    return {
+        "name": value.name,
+        "version": value.version,
+        "labels": value.labels,
+        "tenant": value.tenant,
+        "created_at": rfc3339(value.created_at),
+    }
+
+
+def prompt(value: StoredPrompt) -> dict[str, Any]:
+    return {**prompt_summary(value), "messages": value.messages, "settings": value.settings, "variables": sorted(variables(value))}
+
+
+TOTALS_FIELDS = ("calls", "cached_calls", "input_tokens", "output_tokens", "cost_usd")
+
+
+def totals(value: UsageTotals) -> dict[str, Any]:
+    """In the order of `TOTALS_FIELDS`."""
+    return {
+        "calls": value.calls,
+        "cached_calls": value.cached_calls,
+        "input_tokens": value.input_tokens,
+        "output_tokens": value.output_tokens,
+        "cost_usd": money.text(value.cost_usd),
+    }
+
+
+RECORD_FIELDS = (
+    "id", "request_id", "attempt", "created_at", "principal", "tenant", "key_id", "provider", "model", "response_model", "input_tokens",
+    "output_tokens", "cache_read_input_tokens", "cost_usd", "price", "outcome", "cached", "latency_ms", "prompt", "tags",
+)  # fmt: skip
+
+
+def record(value: UsageRecord) -> dict[str, Any]:
+    """In the order of `RECORD_FIELDS`."""
+    return {
+        "id": value.id,
+        "request_id": value.request_id,
+        "attempt": value.attempt,
+        "created_at": rfc3339(utc(value.created_at)),
+        "principal": value.principal,
+        "tenant": value.tenant,
+        "key_id": value.key_id,
+        "provider": value.provider,
+        "model": value.model,
+        "response_model": value.response_model,
+        "input_tokens": value.usage.input_tokens,
+        "output_tokens": value.usage.output_tokens,
+        "cache_read_input_tokens": value.usage.cache_read_input_tokens,
+        "cost_usd": money.text(value.cost_usd),
+        "price": price(value.price),
+        "outcome": value.outcome,
+        "cached": value.cached,
+        "latency_ms": value.latency_ms,
+        "prompt": value.prompt,
+        "tags": value.tags,
+    }
+
+
+def usage_report(value: UsageReport) -> dict[str, Any]:
+    return {
+        "totals": totals(value.totals),
+        "groups": [{"by": group.by, **totals(group.totals)} for group in value.groups],
+        "data": [record(one) for one in value.data],
+        "has_more": value.has_more,
+        "next_cursor": value.next_cursor,
     }

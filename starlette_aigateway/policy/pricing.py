@@ -72,6 +72,11 @@ class PriceBook:
         self._configured = configured_prices({} if configured is None else configured)
         self._public = public
 
+    @property
+    def configured(self) -> Mapping[tuple[str | None, str], Price]:
+        """The host's own prices by `(provider or None, model)`."""
+        return self._configured
+
     def lookup(self, provider: str, upstream: str, model: str, stored: Mapping[tuple[str | None, str], Price]) -> Price | None:
         """The price of `model`, which `provider` knows as `upstream`. In the stored and then in the configured prices:
         `(provider, upstream)`, `(provider, model)`, `model`, `upstream`; at last the published price of `(provider, upstream)`.
