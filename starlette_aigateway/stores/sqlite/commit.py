@@ -33,6 +33,7 @@ Apply = Callable[[sqlite3.Connection, Sequence[Op]], Sequence[Result | AIGateway
 for a single operation; what it raises rolls back the whole batch. It may be called again for an operation that was rolled back."""
 
 MAX_BATCH = 256
+"""Operations after which a batch takes no more; what one pass of an event loop brings is never divided."""
 log = logging.getLogger("starlette_aigateway")
 
 
@@ -71,10 +72,11 @@ class GroupCommit(Generic[Op, Result]):
         self._pid = os.getpid()
         self._guard = threading.Lock()
         self._writer: _Writer[Op, Result] | None = None
+        self._gathered: dict[int, list[Waiter[Op, Result]]] = {}
 
     async def run(self, op: Op) -> Result:
         waiter: Waiter[Op, Result] = Waiter(op)
-        self._submit(waiter)
+        self._gather(waiter)
         await waiter.wakeup.wait()
         outcome = waiter.outcome
         if isinstance(outcome, BaseException):
@@ -85,6 +87,8 @@ class GroupCommit(Generic[Op, Result]):
         """Commits what is waiting and ends the thread. A later `run` starts a new one."""
         if self._pid != os.getpid():
             return
+        for loop in list(self._gathered):
+            self._submit(loop)
         with self._guard:
             writer, self._writer = self._writer, None
             if writer is not None:
@@ -92,18 +96,32 @@ class GroupCommit(Generic[Op, Result]):
         if writer is not None:
             writer.join()
 
-    def _submit(self, waiter: Waiter[Op, Result]) -> None:
+    def _gather(self, waiter: Waiter[Op, Result]) -> None:
+        """What one pass of the event loop brings goes to the thread together: it is woken once, and begins with a batch."""
         if self._pid != os.getpid():
             self._forget_parent()
+        loop = id(waiter.wakeup.loop)
+        gathered = self._gathered.get(loop)
+        if gathered is None:
+            self._gathered[loop] = [waiter]
+            waiter.wakeup.soon(lambda: self._submit(loop))
+        else:
+            gathered.append(waiter)
+
+    def _submit(self, loop: int) -> None:
+        waiters = self._gathered.pop(loop, None)
+        if waiters is None:
+            return
         with self._guard:
             if self._writer is None:
                 lock = LockFile(self._lock_file, self._name, self._timeout)
                 self._writer = _Writer(self._connect, self._apply, self._name, lock)
-            self._writer.put(waiter)
+            self._writer.put(waiters)
 
     def _forget_parent(self) -> None:
         """In a forked child: the thread stayed behind, and the descriptor that came along must not keep the parent's lock alive."""
         writer, self._writer = self._writer, None
+        self._gathered = {}
         self._guard = threading.Lock()
         self._pid = os.getpid()
         if writer is not None:
@@ -118,14 +136,14 @@ class _Writer(Generic[Op, Result]):
         self._connect = connect
         self._apply = apply
         self._name = name
-        self._queue: SimpleQueue[Waiter[Op, Result] | None] = SimpleQueue()
+        self._queue: SimpleQueue[list[Waiter[Op, Result]] | None] = SimpleQueue()
         self._connection: sqlite3.Connection | None = None
         self._stopped = False
         self._thread = threading.Thread(target=self._work, name=f"aigateway-{name}", daemon=True)
         self._thread.start()
 
-    def put(self, waiter: Waiter[Op, Result]) -> None:
-        self._queue.put(waiter)
+    def put(self, waiters: list[Waiter[Op, Result]]) -> None:
+        self._queue.put(waiters)
 
     def stop(self) -> None:
         self._queue.put(None)
@@ -135,8 +153,7 @@ class _Writer(Generic[Op, Result]):
 
     def _work(self) -> None:
         try:
-            while (first := self._queue.get()) is not None:
-                batch = [first]
+            while (batch := self._queue.get()) is not None:
                 try:
                     outcomes = self._turn(batch)
                 except Exception as error:  # noqa: BLE001  # the thread must outlive any fault; every waiter is told
@@ -160,12 +177,12 @@ class _Writer(Generic[Op, Result]):
             return self._commit_or_isolate(self._connection, [waiter.op for waiter in batch])
 
     def _take(self, batch: list[Waiter[Op, Result]]) -> None:
-        for _ in range(min(self._queue.qsize(), MAX_BATCH - len(batch))):
-            waiter = self._queue.get()
-            if waiter is None:
+        while len(batch) < MAX_BATCH and self._queue.qsize():
+            waiters = self._queue.get()
+            if waiters is None:
                 self._stopped = True
                 return
-            batch.append(waiter)
+            batch.extend(waiters)
 
     def _commit_or_isolate(self, connection: sqlite3.Connection, ops: Sequence[Op]) -> Sequence[Result | BaseException]:
         """One transaction; where it fails for another reason than the storage, one for each operation, so that a single bad one

@@ -23,6 +23,9 @@ class Wakeup(Protocol):
 
     def ring(self) -> None: ...
 
+    def soon(self, callback: Callable[[], None]) -> None:
+        """Runs `callback` in the loop, after what is ready to run there now; to be called in the loop."""
+
     def schedule(self, callback: Callable[[], None]) -> None:
         """Runs `callback` in the loop, from any thread. Raises `RuntimeError` where the loop is closed."""
 
@@ -50,6 +53,9 @@ class FutureWakeup:
         if not self._future.done():
             self._future.set_result(None)
 
+    def soon(self, callback: Callable[[], None]) -> None:
+        self.loop.call_soon(callback)
+
     def schedule(self, callback: Callable[[], None]) -> None:
         self.loop.call_soon_threadsafe(callback)
 
@@ -67,6 +73,9 @@ class EventWakeup:
 
     def ring(self) -> None:
         self._event.set()
+
+    def soon(self, callback: Callable[[], None]) -> None:
+        self._schedule(callback)
 
     def schedule(self, callback: Callable[[], None]) -> None:
         self._schedule(callback)
