@@ -1,0 +1,79 @@
+"""What the bench kit measures: a Starlette app with the gateway mounted at /ai, in front of the kit's mock of OpenAI on port 9001.
+
+Everything is on: a stored key with windows of requests and of tokens and with caps of every kind, a durable ledger on disk in a new
+directory, the cache, an aiohttp transport. The limits are too large to refuse anything, and are counted all the same.
+
+    $ WORK=/tmp/aigw-bench uvicorn --app-dir benchmarks app:app --port 9201 --loop uvloop --http httptools --no-access-log
+
+`python benchmarks/app.py` prints the key that the app opens to; it is made once, below `$WORK`, and belongs to nothing but these runs.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from starlette.applications import Starlette
+from starlette.routing import Mount
+
+from starlette_aigateway import AIGateway, Price
+from starlette_aigateway.policy.keys import mint
+from starlette_aigateway.providers import OpenAIProvider
+from starlette_aigateway.providers.transport_aiohttp import AiohttpTransport
+
+WORK = Path(os.environ["WORK"])
+SEED_FILE = WORK / "aigateway.seed"
+SEED_BYTES = 32
+UPSTREAM = os.environ.get("UPSTREAM", "http://127.0.0.1:9001/v1")
+PLENTY = 10**9
+
+
+def seed() -> bytes:
+    """The random bytes that the key is made of, so that the load generator knows the key before the app has made it."""
+    if not SEED_FILE.exists():
+        SEED_FILE.touch(mode=0o600)
+        SEED_FILE.write_bytes(os.urandom(SEED_BYTES))
+    return SEED_FILE.read_bytes()
+
+
+def random(length: int) -> bytes:
+    return seed() if length == SEED_BYTES else os.urandom(length)
+
+
+def build() -> Starlette:
+    data_dir = Path(tempfile.mkdtemp(prefix="aigateway-", dir=WORK))
+    gateway = AIGateway(
+        providers=[OpenAIProvider(api_key="upstream", base_url=UPSTREAM, transport=AiohttpTransport())],
+        data_dir=data_dir,
+        prices={"gpt-4o-mini": Price("0.15", "0.60", cache_read="0.075")},
+        random=random,
+    )
+
+    @asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        try:
+            async with gateway.lifespan():
+                await gateway.create_key(
+                    "bench",
+                    requests_per_minute=PLENTY,
+                    tokens_per_minute=PLENTY,
+                    max_parallel_requests=PLENTY,
+                    daily_cap_usd=PLENTY,
+                    monthly_cap_usd=PLENTY,
+                    hard_cap_usd=PLENTY,
+                )
+                yield
+        finally:
+            shutil.rmtree(data_dir, ignore_errors=True)
+
+    return Starlette(routes=[Mount("/ai", app=gateway)], lifespan=lifespan)
+
+
+if __name__ == "__main__":
+    print(mint(random))
+else:
+    app = build()
