@@ -220,6 +220,7 @@ def reported(guide: Guide) -> None:
         cells = (group["calls"], group["cached_calls"], group["input_tokens"], group["output_tokens"])
         table.add_row(group["by"]["model"], *map(str, cells), dollars(group["cost_usd"]))
     console.print(table)
+    check(guide.paid.calls > 0, "there was no call to report")
     told = (guide.paid.calls, guide.paid.cached, guide.paid.cost)
     check(
         (totals["calls"], totals["cached_calls"], Decimal(totals["cost_usd"])) == told, f"the report says {totals}, the answers said {told}"
