@@ -1,0 +1,140 @@
+"""A host with a gateway as tests of HTTP need it: who is who at its door, and one example request for each route."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+from starlette.requests import HTTPConnection
+
+from starlette_aigateway import Admin, AIGateway, Limits, Price, Principal
+from starlette_aigateway.events import AdminActed, Event
+from starlette_aigateway.http.router import Route
+from starlette_aigateway.providers import EchoProvider
+
+from .serving import serve
+
+MESSAGES = [{"role": "user", "content": "hello there"}]
+ROOT = {"x-admin": "root"}
+ACME = {"x-admin": "acme"}
+ALICE = {"x-user": "alice"}
+
+
+async def resolve_principal(connection: HTTPConnection) -> Principal | None:
+    """The host's own login: `x-user`."""
+    user = connection.headers.get("x-user")
+    return None if user is None else Principal(user, monthly_cap_usd="5")
+
+
+async def authorize_admin(connection: HTTPConnection) -> Admin | bool:
+    """`x-admin: root` administers everything, `x-admin: acme` the tenant acme."""
+    name = connection.headers.get("x-admin")
+    return name is not None and Admin(name, tenant=None if name == "root" else name)
+
+
+@dataclass
+class Service:
+    """A gateway at a real socket; `acted` is what its observer was told of admins."""
+
+    client: httpx.Client
+    gateway: AIGateway
+    acted: list[AdminActed] = field(default_factory=list)
+    key_id: str = "key_none"
+
+    def call(self, method: str, path: str, headers: dict[str, str] | None = None, **more: Any) -> httpx.Response:
+        return self.client.request(method, path, headers=ROOT if headers is None else headers, **more)
+
+    def key(self, **fields: Any) -> tuple[dict[str, str], dict[str, Any]]:
+        """A new key: the headers that come in by it, and what the answer said."""
+        answer = self.call("POST", "/keys", json={"name": "app", **fields})
+        assert answer.status_code == 201, answer.text
+        return {"authorization": f"Bearer {answer.json()['key']}"}, answer.json()
+
+    def complete(self, headers: dict[str, str], model: str = "echo", **more: Any) -> httpx.Response:
+        return self.call("POST", "/complete", headers, json={"model": model, "messages": MESSAGES, **more})
+
+
+def settings(**more: Any) -> dict[str, Any]:
+    return {
+        "providers": [EchoProvider()],
+        "prices": {"echo": Price("1", "2"), "meta/llama": Price.free()},
+        "resolve_principal": resolve_principal,
+        "authorize_admin": authorize_admin,
+        "limits": Limits(hard_cap_usd=1000),
+        **more,
+    }
+
+
+@contextmanager
+def service(**more: Any) -> Iterator[Service]:
+    acted: list[AdminActed] = []
+
+    async def observe(event: Event) -> None:
+        if isinstance(event, AdminActed):
+            acted.append(event)
+
+    gateway = AIGateway.in_memory(**settings(observers=[observe], **more))
+    with serve(gateway) as url, httpx.Client(base_url=url, timeout=30) as client:
+        yield Service(client, gateway, acted)
+
+
+@dataclass
+class Example:
+    """A request of a route that succeeds, once `furnish` has been called."""
+
+    path: str = ""
+    body: Any = None
+    query: dict[str, str] = field(default_factory=dict)
+
+
+def furnish(service: Service) -> dict[str, str]:
+    """A key, a tenant, a prompt and a price, and one call on the books. Gives the key's headers."""
+    headers, key = service.key(tenant="acme", allowed_models=["echo", "meta/llama"], requests_per_minute=1000, metadata={"team": "a"})
+    service.call("PUT", "/tenants/acme", json={"tokens_per_minute": 100_000, "daily_cap_usd": "2.5"}).raise_for_status()
+    service.call("POST", "/prompts", json={"name": "greet", "messages": "Greet {{name}}."}).raise_for_status()
+    service.call("PUT", "/prices", json={"model": "echo", "provider": "echo", "price": {"input": 1, "output": "2"}}).raise_for_status()
+    service.complete(headers).raise_for_status()
+    service.key_id = key["id"]
+    return headers
+
+
+EXAMPLES: dict[tuple[str, str], Example] = {
+    ("POST", "/complete"): Example(body={"model": "echo", "messages": MESSAGES}),
+    ("POST", "/v1/chat/completions"): Example(body={"model": "echo", "messages": MESSAGES}),
+    ("GET", "/v1/models"): Example(),
+    ("GET", "/v1/models/{id:path}"): Example("/v1/models/meta/llama"),
+    ("GET", "/me"): Example(),
+    ("GET", "/keys"): Example(query={"tenant": "acme", "limit": "10"}),
+    ("POST", "/keys"): Example(body={"name": "new", "monthly_cap_usd": "10", "expires_at": "2126-01-31T12:00:00Z"}),
+    ("GET", "/keys/{id}"): Example(),
+    ("PATCH", "/keys/{id}"): Example(body={"daily_cap_usd": 3}),
+    ("DELETE", "/keys/{id}"): Example(),
+    ("POST", "/keys/{id}/rotate"): Example(body={"grace_seconds": 60}),
+    ("GET", "/tenants"): Example(),
+    ("GET", "/tenants/{id:path}"): Example("/tenants/acme"),
+    ("PUT", "/tenants/{id:path}"): Example("/tenants/acme", body={"requests_per_minute": 600}),
+    ("PATCH", "/tenants/{id:path}"): Example("/tenants/acme", body={"hard_cap_usd": "100"}),
+    ("GET", "/prompts"): Example(),
+    ("POST", "/prompts"): Example(body={"name": "sort", "messages": [{"role": "user", "content": "Sort {{items}}."}], "labels": ["beta"]}),
+    ("GET", "/prompts/{name}"): Example("/prompts/greet"),
+    ("POST", "/prompts/{name}"): Example("/prompts/greet", body={"messages": "Hello {{name}}.", "settings": {"temperature": 0.5}}),
+    ("POST", "/prompts/{name}/activate"): Example("/prompts/greet/activate", body={"version": 1}),
+    ("POST", "/prompts/{name}/render"): Example("/prompts/greet/render", body={"variables": {"name": "Ada"}}),
+    ("GET", "/prices"): Example(),
+    ("PUT", "/prices"): Example(body={"model": "other", "price": {"input": "0.15", "output": "0.6", "cache_read": "0.05"}}),
+    ("GET", "/usage"): Example(query={"group_by": "day,model", "since": "2020-01-01"}),
+    ("GET", "/healthz"): Example(),
+    ("GET", "/readyz"): Example(),
+    ("GET", "/openapi.json"): Example(),
+}  # fmt: skip
+
+
+def send(service: Service, route: Route, headers: dict[str, str]) -> httpx.Response:
+    """The example request of `route`, by whoever has `headers`."""
+    example = EXAMPLES[route.method, route.path]
+    path = example.path or route.path.replace("{id}", service.key_id)
+    body = {} if example.body is None else {"json": example.body}
+    return service.call(route.method, path, headers, params=example.query, **body)
