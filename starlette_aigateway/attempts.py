@@ -37,14 +37,15 @@ class ReaderLeft(Exception):  # an event, not a fault
 class Attempt:
     """One hold and one call at one target."""
 
-    def __init__(self, call: Call, offer: Offer, priced: PricedTarget, number: int, hold: Hold, timeout: float) -> None:
+    def __init__(self, call: Call, offer: Offer, priced: PricedTarget, number: int, hold: Hold, timeouts: Timeouts) -> None:
         self.call = call
         self.offer = offer
         self.priced = priced
         self.number = number
         self.hold = hold
         self.meter: Meter | None = None
-        self._timeout = timeout
+        self._timeouts = timeouts
+        self._timeout = timeout = _attempt_timeout(call, priced, timeouts)
         self._begun = self._heard = anyio.current_time()
         self._scope = anyio.CancelScope(deadline=self._begun + timeout)
 
@@ -80,7 +81,14 @@ class Attempt:
     async def answer(self) -> AsyncIterator[ProviderAnswer]:
         """The provider's open answer. Whatever it does wrong comes out as a `ProviderError`."""
         request = replace(self.call.request, model=self.priced.target.upstream, max_tokens=self.output_bound)
-        provider_call = ProviderCall(request=request, stream=self.call.stream, timeout=self._timeout, request_id=self.call.request_id)
+        provider_call = ProviderCall(
+            request=request,
+            stream=self.call.stream,
+            timeout=self._timeout,
+            connect=self._timeouts.connect,
+            read=self._timeouts.read,
+            request_id=self.call.request_id,
+        )
         with self._scope:
             try:
                 async with self.priced.provider.adapter.open(provider_call) as answer:
@@ -261,7 +269,7 @@ class Attempts:
         if job.abandoned:
             await self._release(hold)
             raise shut_down()
-        return Attempt(call, offer, priced, request.attempt, hold, _attempt_timeout(call, priced, self._timeouts))
+        return Attempt(call, offer, priced, request.attempt, hold, self._timeouts)
 
     async def _reserve(self, request: HoldRequest, now: float) -> Hold:
         """Shielded: a hold that is granted while its caller leaves is released here, not left to expire."""

@@ -49,7 +49,7 @@ class Offer(Struct, frozen=True, kw_only=True):
 
 class Call(Struct, frozen=True, kw_only=True):
     """A call that was let in. `capped` says that some scope of it has a spend cap; `started` and `deadline` are on anyio's clock, `admitted_at` is
-    Unix seconds."""
+    Unix seconds; `stored` is the cached answer to it."""
 
     request_id: str
     principal: Principal
@@ -62,6 +62,7 @@ class Call(Struct, frozen=True, kw_only=True):
     claims: tuple[WindowClaim, ...]
     windows: Sequence[WindowState]
     cache_key: str | None
+    stored: CachedAnswer | None
     started: float
     admitted_at: float
     deadline: float

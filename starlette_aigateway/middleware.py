@@ -53,19 +53,43 @@ class AIGatewayMiddleware:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        begun = False
-
-        async def watched(message: Message) -> None:
-            nonlocal begun
-            begun = begun or message["type"] == "http.response.start"
-            await send(message)
-
+        answer = HeldAnswer(send)
         try:
-            await self.app(scope, receive, watched)
+            await self.app(scope, receive, answer.send)
         except AIGatewayError as error:
-            if begun:
+            if answer.begun:
                 raise
             await error_response(error)(scope, receive, send)
+        except BaseException:
+            await answer.let_go()
+            raise
+        else:
+            await answer.let_go()
+
+
+class HeldAnswer:
+    """The host's answer on its way out. A short 500 is held back until the host has returned: where Starlette's own error handling lies
+    inside of us it answers 500 first and raises then, and an error of the gateway deserves its own status."""
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self._held: list[Message] = []
+        self.begun = False
+
+    async def send(self, message: Message) -> None:
+        if self.begun:
+            await self._send(message)
+            return
+        self._held.append(message)
+        failed = self._held[0].get("status") == 500
+        if not failed or (message["type"] == "http.response.body" and message.get("more_body", False)):
+            await self.let_go()
+
+    async def let_go(self) -> None:
+        held, self._held = self._held, []
+        for message in held:
+            self.begun = True
+            await self._send(message)
 
 
 class Lifespan:

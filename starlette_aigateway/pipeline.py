@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 
 import anyio
@@ -27,7 +27,7 @@ from .accounts import GATEWAY_SCOPE, ScopeClaim, UsageRecord, principal_scope, t
 from .attempts import Attempts
 from .background import Background, Job
 from .calls import Call, Done, Offer, PricedTarget, Served
-from .errors import AIGatewayError, CostUnbounded, NotFound, PriceUnknown, ProviderTimeout
+from .errors import AIGatewayError, CostUnbounded, NotFound, PriceUnknown, ProviderError, ProviderTimeout
 from .events import CallRecorded, CallRefused, Event
 from .flights import Flights
 from .limiter import Limiter
@@ -419,7 +419,8 @@ class Pipeline:
 
     async def _keep_stream(self, call: Call, done: Done, relay: Relay) -> None:
         if relay.meter.whole and call.cache_key is not None:
-            await self._store(call, done, replay.kept(relay.meter.items))
+            with suppress(ProviderError):  # a chunk that cannot be read has been passed on as it came; it is not kept
+                await self._store(call, done, replay.kept(relay.meter.items))
         await self._correct_windows(call, done)
 
     async def _store(self, call: Call, done: Done, content: CachedCompletion | CachedEvents) -> None:

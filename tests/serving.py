@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import uvicorn
@@ -31,7 +31,12 @@ def serve(app: Any, **settings: Any) -> Iterator[str]:
     listener = socket.create_server(("127.0.0.1", 0))
     host, port = listener.getsockname()
     server = Server(uvicorn.Config(app, **{"log_config": None, "ws": "none", "timeout_graceful_shutdown": 5, **settings}))
-    thread = threading.Thread(target=server.run, args=([listener],), name="test-server")
+
+    def run() -> None:
+        with suppress(SystemExit):  # uvicorn exits when a start fails; `serve` tells that in the test's own thread
+            server.run([listener])
+
+    thread = threading.Thread(target=run, name="test-server")
     thread.start()
     try:
         server.settled.wait()
