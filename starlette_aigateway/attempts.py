@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
+from time import monotonic
 
 import anyio
 from msgspec.structs import replace
@@ -46,8 +47,8 @@ class Attempt:
         self.meter: Meter | None = None
         self._timeouts = timeouts
         self._timeout = timeout = _attempt_timeout(call, priced, timeouts)
-        self._begun = self._heard = anyio.current_time()
-        self._scope = anyio.CancelScope(deadline=self._begun + timeout)
+        self._begun = self._heard = monotonic()
+        self._scope = anyio.CancelScope(deadline=anyio.current_time() + timeout)
 
     @property
     def output_bound(self) -> int | None:
@@ -65,7 +66,7 @@ class Attempt:
 
     @property
     def latency_ms(self) -> int:
-        return round((anyio.current_time() - self._begun) * 1000)
+        return round((monotonic() - self._begun) * 1000)
 
     @property
     def received(self) -> Usage | None:
@@ -102,10 +103,10 @@ class Attempt:
 
     def heard(self) -> None:
         """The provider sent something: its next silence may last as long again, within the call's own deadline."""
-        now = anyio.current_time()
+        now = monotonic()
         if now - self._heard > 1:
             self._heard = now
-            self._scope.deadline = min(now + self._timeout, self.call.deadline)
+            self._scope.deadline = anyio.current_time() + min(self._timeout, self.call.deadline - now)
 
     def settlement(self, usage: Usage | None, output_bytes: Callable[[], int], model: str | None) -> Settlement:
         """For an answer that came whole, with the `usage` that was reported, if one was."""
@@ -128,12 +129,12 @@ class Lease:
         self._clock = clock
         self._hold = hold
         self.length = length
-        self._renewed = anyio.current_time()
+        self._renewed = monotonic()
 
     async def keep(self) -> None:
-        if anyio.current_time() - self._renewed < self.length / 3:
+        if monotonic() - self._renewed < self.length / 3:
             return
-        self._renewed = anyio.current_time()
+        self._renewed = monotonic()
         now = self._clock()
         try:
             await self._ledger.renew(self._hold.id, now + self.length, now=now)
@@ -202,9 +203,7 @@ class Attempts:
         failures: list[Failure] = []
         unresolved: Hold | None = None
         while True:
-            step = next_step(
-                plan, failures, now=anyio.current_time(), deadline=call.deadline, policy=self._retries, opens_at=self._opens_at
-            )
+            step = next_step(plan, failures, now=monotonic(), deadline=call.deadline, policy=self._retries, opens_at=self._opens_at)
             if unresolved is not None and (isinstance(step, GiveUp) or step.delay > 0):
                 await self._release(unresolved)
                 unresolved = None
@@ -216,7 +215,7 @@ class Attempts:
             try:
                 result = await run(attempt)
             except ProviderError as error:
-                failures.append(Failure(step.target, error, anyio.current_time()))
+                failures.append(Failure(step.target, error, monotonic()))
                 unresolved = await self._failed(attempt, error)
                 if relay is not None and relay.committed:
                     if unresolved is not None:
@@ -245,7 +244,7 @@ class Attempts:
             id=keys.mint_id("use_", now, self._random),
             request_id=call.request_id,
             attempt=len(failures) + 1,
-            scopes=call.scopes,
+            scopes=offer.scopes,
             principal=call.principal.id,
             tenant=call.principal.tenant_id,
             key_id=call.principal.key_id,
@@ -281,7 +280,7 @@ class Attempts:
         """Books a failure. Gives the hold back where the provider charged nothing: it is still to be released."""
         target = attempt.priced.target
         if ails(error):
-            self._circuit(target).failed(anyio.current_time())
+            self._circuit(target).failed(monotonic())
         self._emit(
             AttemptFailed(
                 request_id=attempt.call.request_id,
@@ -334,12 +333,12 @@ class Attempts:
 
     def _opens_at(self, target: Target) -> float | None:
         circuit = self._circuits.get(target)
-        return None if circuit is None else circuit.opens_at(anyio.current_time())
+        return None if circuit is None else circuit.opens_at(monotonic())
 
 
 def _attempt_timeout(call: Call, priced: PricedTarget, timeouts: Timeouts) -> float:
     """Seconds without a sign of the provider, within the call's deadline."""
-    return max(0.001, min(priced.provider.timeout or timeouts.read, call.deadline - anyio.current_time()))
+    return max(0.001, min(priced.provider.timeout or timeouts.read, call.deadline - monotonic()))
 
 
 def _lease(call: Call, priced: PricedTarget, timeouts: Timeouts) -> float:

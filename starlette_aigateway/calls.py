@@ -14,7 +14,7 @@ from .policy.estimate import Ask
 from .policy.routing import Plan, Target
 from .policy.windows import WindowClaim, WindowState
 from .providers.simple import RegisteredProvider
-from .types import Answer, CacheStatus, CallOptions, Completion, CompletionRequest, Native, Price, Principal
+from .types import Answer, CacheStatus, CallOptions, Completion, CompletionRequest, Limits, Native, Price, Principal
 
 
 class PricedTarget(Struct, frozen=True):
@@ -27,10 +27,11 @@ class PricedTarget(Struct, frozen=True):
 
 
 class Offer(Struct, frozen=True, kw_only=True):
-    """What a call may cost at each of its targets. `input_tokens` is the upper bound of its input; `bounded` says that the output of
-    every attempt is to be bounded, since a cap has to be held."""
+    """What a call may cost at each of its targets, and the `scopes` that pay. `input_tokens` is the upper bound of its input; `bounded`
+    says that the output of every attempt is to be bounded, since a cap has to be held."""
 
     targets: tuple[PricedTarget, ...]
+    scopes: tuple[ScopeClaim, ...]
     input_tokens: int
     bounded: bool
 
@@ -48,8 +49,8 @@ class Offer(Struct, frozen=True, kw_only=True):
 
 
 class Call(Struct, frozen=True, kw_only=True):
-    """A call that was let in. `capped` says that some scope of it has a spend cap; `started` and `deadline` are on anyio's clock, `admitted_at` is
-    Unix seconds; `stored` is the cached answer to it."""
+    """A call that was let in. `owners` are the scopes whose limits hold for it; `started` and `deadline` are on the monotonic clock,
+    `admitted_at` is Unix seconds; `stored` is the cached answer to it."""
 
     request_id: str
     principal: Principal
@@ -57,8 +58,7 @@ class Call(Struct, frozen=True, kw_only=True):
     options: CallOptions
     stream: bool
     plan: Plan
-    scopes: tuple[ScopeClaim, ...]
-    capped: bool
+    owners: Sequence[tuple[str, Limits]]
     claims: tuple[WindowClaim, ...]
     windows: Sequence[WindowState]
     cache_key: str | None

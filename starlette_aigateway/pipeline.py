@@ -19,6 +19,7 @@ import logging
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
+from time import monotonic
 
 import anyio
 
@@ -100,11 +101,14 @@ class Pipeline:
 
     async def complete(self, principal: Principal, request: CompletionRequest, options: CallOptions, request_id: str) -> Served:
         """A whole answer. Raises any of the errors in `errors.py`, their `request_id` set."""
-        with self._telling(principal, request, request_id):
+        try:
             call = await self._admit(principal, request, options, request_id, stream=False)
             if call.stored is not None:
                 return await self._serve_stored(call, call.stored)
             return await self._fly(call, await self._offer(call))
+        except AIGatewayError as error:
+            self._tell(error, principal, request, request_id)
+            raise
 
     @asynccontextmanager
     async def stream(
@@ -164,7 +168,7 @@ class Pipeline:
         self, principal: Principal, request: CompletionRequest, options: CallOptions, request_id: str, *, stream: bool
     ) -> Call:
         """Renders, plans, authorizes, looks the answer up and limits; what comes out may be answered."""
-        started = anyio.current_time()
+        started = monotonic()
         openai_chat.validate(request)
         requested = request.model
         request, prompt = await self._render(principal, request)
@@ -174,7 +178,8 @@ class Pipeline:
         tenant = await self._tenant(principal)
         cache_key = self._cache_key(principal, request, options, plan, stream=stream)
         stored = await self._lookup(cache_key, options)
-        claims = self._claims(principal, limits, tenant, request, free=stored is not None)
+        owners = self._owners(principal, limits, tenant)
+        claims = self._claims(owners, request, free=stored is not None)
         windows = await self._s.limiter.admit(claims)
         return Call(
             request_id=request_id,
@@ -183,8 +188,7 @@ class Pipeline:
             options=options,
             stream=stream,
             plan=plan,
-            scopes=self._scopes(principal, limits, tenant),
-            capped=limits.capped or tenant.capped or self._s.limits.capped,
+            owners=owners,
             claims=claims,
             windows=windows,
             cache_key=cache_key,
@@ -225,28 +229,17 @@ class Pipeline:
             return principal.tenant
         return await self._s.tenants.get(principal.tenant) or NO_LIMITS
 
-    def _claims(
-        self, principal: Principal, limits: Limits, tenant: Limits, request: CompletionRequest, *, free: bool
-    ) -> tuple[WindowClaim, ...]:
+    def _claims(self, owners: Sequence[tuple[str, Limits]], request: CompletionRequest, *, free: bool) -> tuple[WindowClaim, ...]:
         """The windows that a call has to pass; an answer that is `free` takes no tokens."""
         claims: list[WindowClaim] = []
         tokens: int | None = None
-        for scope, owner in self._owners(principal, limits, tenant):
+        for scope, owner in owners:
             if owner.requests_per_minute is not None:
                 claims.append(WindowClaim(scope, "requests", owner.requests_per_minute))
             if owner.tokens_per_minute is not None and not free:
                 tokens = tokens or estimate.tokens_for_window(request, request.max_tokens)
                 claims.append(WindowClaim(scope, "tokens", owner.tokens_per_minute, tokens))
         return tuple(claims)
-
-    def _scopes(self, principal: Principal, limits: Limits, tenant: Limits) -> tuple[ScopeClaim, ...]:
-        """Caps of None are stored ones: those of a tenant by name and of the gateway are read inside the ledger's transaction."""
-        caps_of = {principal_scope(principal.id): limits.caps}
-        if isinstance(principal.tenant, Tenant):
-            caps_of[tenant_scope(principal.tenant.id)] = principal.tenant.caps
-        return tuple(
-            ScopeClaim(scope, caps_of.get(scope), owner.max_parallel_requests) for scope, owner in self._owners(principal, limits, tenant)
-        )
 
     def _owners(self, principal: Principal, limits: Limits, tenant: Limits) -> Sequence[tuple[str, Limits]]:
         """Whose limits hold, in the fixed order in which all of them are taken."""
@@ -305,7 +298,7 @@ class Pipeline:
             cost=0,
             price=None,
             outcome="cached",
-            latency_ms=round((anyio.current_time() - call.started) * 1000),
+            latency_ms=round((monotonic() - call.started) * 1000),
             prompt=call.prompt,
             tags=call.options.tags,
         )
@@ -326,7 +319,8 @@ class Pipeline:
     async def _offer(self, call: Call) -> Offer:
         """The targets with their prices and with what each has to hold. Under a cap, those that cannot be held are left out."""
         plan, request = call.plan, call.request
-        if call.capped:
+        capped = any(owner.capped for _, owner in call.owners)
+        if capped:
             self._refuse_unbounded(request)
         input_tokens = estimate.input_bound(request, extra=openai_chat.inline_images(request) * openai_chat.MAX_IMAGE_TOKENS)
         stored = await self._s.stored_prices.all()
@@ -335,9 +329,9 @@ class Pipeline:
         for target in plan.targets:
             provider = self._s.providers[target.provider]
             price = self._s.prices.lookup(target.provider, target.upstream, plan.model, stored)
-            if call.capped and price is None:
+            if capped and price is None:
                 continue
-            if call.capped and not provider.bounds_output and provider.max_output_tokens is None:
+            if capped and not provider.bounds_output and provider.max_output_tokens is None:
                 unbounded += 1
                 continue
             ask = estimate.ask(
@@ -350,7 +344,7 @@ class Pipeline:
             )
             priced.append(PricedTarget(target, provider, price, ask))
         if priced:
-            return Offer(targets=tuple(priced), input_tokens=input_tokens, bounded=call.capped)
+            return Offer(targets=tuple(priced), scopes=_scopes(call), input_tokens=input_tokens, bounded=capped)
         if unbounded:
             raise CostUnbounded(
                 f"no provider of {plan.model!r} can bound its output, and this account has a spend cap; the host may give the provider "
@@ -366,7 +360,7 @@ class Pipeline:
             return self._served(call, await self._s.background.run(lambda job: self._attempt(call, offer, job)))
         flight = self._flights.find(key)
         if flight is not None:
-            with anyio.move_on_at(call.deadline):
+            with anyio.move_on_after(call.deadline - monotonic()):
                 await flight.landed.wait()
             if not flight.landed.is_set():
                 raise ProviderTimeout("an identical call was waited for, and did not end in time", billed="no")
@@ -444,13 +438,29 @@ class Pipeline:
 
     @contextmanager
     def _telling(self, principal: Principal, request: CompletionRequest, request_id: str) -> Iterator[None]:
-        """Errors leave with the id of their call, and observers hear of them."""
         try:
             yield
         except AIGatewayError as error:
-            error.request_id = request_id
-            self._s.emit(CallRefused(request_id=request_id, principal=principal.id, model=request.model or None, code=error.code))
+            self._tell(error, principal, request, request_id)
             raise
+
+    def _tell(self, error: AIGatewayError, principal: Principal, request: CompletionRequest, request_id: str) -> None:
+        """An error leaves with the id of its call, and observers hear of it."""
+        error.request_id = request_id
+        self._s.emit(CallRefused(request_id=request_id, principal=principal.id, model=request.model or None, code=error.code))
+
+
+def _scopes(call: Call) -> tuple[ScopeClaim, ...]:
+    """Caps of None are stored ones: those of a tenant by name and of the gateway are read inside the ledger's transaction."""
+    tenant = call.principal.tenant
+    return tuple(
+        ScopeClaim(
+            scope,
+            owner.caps if place == 0 or (place == 1 and isinstance(tenant, Tenant)) else None,
+            owner.max_parallel_requests,
+        )
+        for place, (scope, owner) in enumerate(call.owners)
+    )
 
 
 def _shareable(done: Done) -> bool:

@@ -31,10 +31,7 @@ class Plan(Struct, frozen=True):
 
     model: str
     targets: tuple[Target, ...]
-
-    @property
-    def fingerprint(self) -> str:
-        return "|".join(f"{target.provider}:{target.upstream}" for target in self.targets)
+    fingerprint: str = ""
 
 
 def plan(model: str, routes: Sequence[Route]) -> Plan:
@@ -44,7 +41,7 @@ def plan(model: str, routes: Sequence[Route]) -> Plan:
     targets = tuple(Target(route.name, upstream) for route in routes if (upstream := route.serves(model)) is not None)
     if not targets:
         raise NotFound(f"no provider serves the model {model!r}; GET v1/models lists the models", code="model_not_found", param="model")
-    return Plan(model, targets)
+    return Plan(model, targets, "|".join(f"{target.provider}:{target.upstream}" for target in targets))
 
 
 class RetryPolicy(Struct, frozen=True, kw_only=True):
