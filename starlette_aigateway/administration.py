@@ -25,6 +25,7 @@ from .types import KEY_ID_PREFIX, Caps, Key, LimitFields, Limits, Message, Price
 
 T = TypeVar("T")
 MAX_PAGE = 1000
+MAX_REMEMBERED = 8192
 MAX_GRACE = 90 * 86_400
 Grace: TypeAlias = "timedelta | float"
 
@@ -53,6 +54,7 @@ class Administration:
         self._clock = clock
         self._random = random
         self._renderer = prompt_policy.Renderer()
+        self._well_formed: set[bytes] = set()
 
     async def ready(self) -> None:
         """Starts what has to be started before a store is used."""
@@ -120,11 +122,23 @@ class Administration:
 
     async def authenticate(self, raw_key: str) -> Principal:
         """Who a raw key belongs to. Raises `AuthenticationError` for one that is mistyped, unknown, expired or revoked."""
-        if not isinstance(raw_key, str) or not key_policy.well_formed(raw_key):
-            raise AuthenticationError("this is not a well-formed API key: a character is wrong or missing")
+        digest = self._checked_digest(raw_key)
         await self.ready()
         now = self._clock()
-        return key_policy.check(await self._keys.find(key_policy.digest(raw_key), now=now), now).principal
+        return key_policy.check(await self._keys.find(digest, now=now), now).principal
+
+    def _checked_digest(self, raw_key: str) -> bytes:
+        """The digest of a key that is well formed. Those that were seen are remembered by their digest, never by themselves."""
+        if not isinstance(raw_key, str) or not raw_key.isascii():
+            raise AuthenticationError("an API key is a string of ASCII characters")
+        digest = key_policy.digest(raw_key)
+        if digest not in self._well_formed:
+            if not key_policy.well_formed(raw_key):
+                raise AuthenticationError("this is not a well-formed API key: a character is wrong or missing")
+            if len(self._well_formed) >= MAX_REMEMBERED:
+                self._well_formed.clear()
+            self._well_formed.add(digest)
+        return digest
 
     # -- tenants -----------------------------------------------------------------------------------------------------
 

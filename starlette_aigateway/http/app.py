@@ -6,7 +6,6 @@ import logging
 from collections.abc import Awaitable, Callable
 
 from starlette.exceptions import HTTPException
-from starlette.requests import HTTPConnection
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
@@ -15,6 +14,7 @@ from ..errors import AIGatewayError, ConfigurationError, NotFound, RequestError
 from ..observing import Observers
 from ..pipeline import Pipeline
 from .bodies import ClientLeft
+from .connection import Connection
 from .door import Door
 from .errors import error_response, host_refusal
 from .exchange import Exchange
@@ -50,7 +50,7 @@ class HTTPApp:
             await send({"type": "websocket.close", "code": 1000})
             return
         exchange = Exchange(
-            connection=HTTPConnection(scope),
+            connection=Connection(scope),
             receive=receive,
             request_id=self._mint_request_id(),
             path={},
