@@ -1,5 +1,7 @@
 """Every example runs by the command that its own docstring gives, and the README's apps are served."""
 
+import ast
+import inspect
 import os
 import re
 import subprocess
@@ -7,11 +9,17 @@ import sys
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
+from anyio import to_thread
+from starlette.applications import Starlette
+from starlette.requests import HTTPConnection
 
+from starlette_aigateway import AIGateway, AIGatewayMiddleware, Price, Principal
 from starlette_aigateway.protocols import KeyStore
+from starlette_aigateway.providers import EchoProvider
 from starlette_aigateway.testing.keys import KeyStoreContract
 
 from .serving import serve
@@ -22,7 +30,8 @@ CHECKOUT = Path(__file__).resolve().parents[1]
 EXAMPLES = CHECKOUT / "examples"
 README = re.findall(r"```python\n(.*?)```", (CHECKOUT / "README.md").read_text(), re.DOTALL)
 README_GATEWAY = next(block for block in README if "gateway = AIGateway(" in block)
-README_APPS = {str(name[1]): block for block in README if (name := re.match(r"from (starlette|fastapi|quart)\b", block))}
+README_CALLS = [next(block for block in README if said in block) for said in ("create_key(", "openai import OpenAI", "def summary(")]
+README_APPS = {re.findall(r"starlette|fastapi|quart", block)[0]: block for block in README if "gateway=gateway" in block}
 
 
 def documented_command(example: str) -> str:
@@ -138,3 +147,32 @@ def test_the_app_of_the_readme_serves_the_gateway(framework: str, tmp_path: Path
         refused = httpx.post(f"{below}/v1/chat/completions", json=body)
         assert (refused.status_code, refused.json()["error"]["code"]) == (401, "missing_api_key")
         assert (tmp_path / "ai-gateway-data" / "ledger.db").exists()
+
+
+async def test_the_calls_of_the_readme_work_one_after_the_other() -> None:
+    gateway = AIGateway.in_memory(providers=[EchoProvider()], prices={"gpt-4o-mini": Price("0.15", "0.60")}, resolve_principal=somebody)
+    app = Starlette()
+    app.mount("/api/ai-gateway", gateway)
+    app.add_middleware(AIGatewayMiddleware, gateway=gateway)
+    names: dict[str, Any] = {"gateway": gateway}
+    with serve(app) as base:
+        for block in README_CALLS:
+            await run_block(block.replace("http://127.0.0.1:8000", base), names)
+        app.add_route("/summary", names["summary"])
+        by_a_user = await to_thread.run_sync(httpx.get, f"{base}/summary")
+    names["client"].close()
+    assert names["answer"].choices[0].message.content == "Hello"
+    assert by_a_user.json() == {"text": "Hello", "cost_usd": "0.000001500"}
+
+
+async def somebody(connection: HTTPConnection) -> Principal:
+    return Principal("user:somebody")
+
+
+async def run_block(source: str, names: dict[str, Any]) -> None:
+    """In a thread, where nothing in it is awaited: the official client blocks."""
+    code = compile(source, "README.md", "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+    if code.co_flags & inspect.CO_COROUTINE:
+        await eval(code, names)
+    else:
+        await to_thread.run_sync(eval, code, names)
