@@ -59,7 +59,7 @@ def providers() -> list[object]:
 
         found.append(OpenAIProvider(api_key=openai_key))
     if anthropic_key := os.environ.get("ANTHROPIC_API_KEY"):
-        from starlette_aigateway.providers import AnthropicProvider  # type: ignore[attr-defined]  # not there yet
+        from starlette_aigateway.providers import AnthropicProvider
 
         found.append(AnthropicProvider(api_key=anthropic_key))
     return found
