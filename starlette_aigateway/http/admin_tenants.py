@@ -20,7 +20,7 @@ async def list_tenants(exchange: Exchange) -> Response:
         tenants, cursor = await pages.collect(
             page, lambda limit, after: exchange.administration.list_tenants(limit=limit, after=after), lambda tenant: tenant.id
         )
-    budgets = [await exchange.administration.budgets(tenant=tenant) for tenant in tenants]
+    budgets = await exchange.administration.budgets_of_tenants(tenants)
     return exchange.answer(pages.list_of([shapes.tenant(*pair) for pair in zip(tenants, budgets, strict=True)], cursor))
 
 
