@@ -9,7 +9,7 @@ import pytest
 from starlette.exceptions import HTTPException
 from starlette.requests import HTTPConnection
 
-from starlette_aigateway import AuthenticationError
+from starlette_aigateway import AuthenticationError, StorageUnavailable
 from starlette_aigateway.http.router import Guard, Route
 from starlette_aigateway.http.routes import ROUTES
 
@@ -224,3 +224,24 @@ def test_an_administrator_of_a_tenant_sees_and_changes_what_is_its_own(host: Ser
     shared = host.call("POST", "/prompts/greet/render", json={"variables": {"name": "Ada"}}).json()
     assert shared["messages"][0]["content"] == "Greet Ada."
     assert host.call("GET", "/tenants", {"x-admin": "never-saved"}).json()["data"] == []
+
+
+STORE_VERBS = {"add", "all", "budgets", "get", "list", "move_label", "ping", "put", "rotate", "set_caps", "update", "usage", "versions"}
+
+
+def test_with_the_stores_down_every_admin_route_is_503_and_says_when_to_come_back(host: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def down(*_: Any, **__: Any) -> None:
+        raise StorageUnavailable("the disk is gone", retry_after=1.0)
+
+    furnish(host)
+    gateway = host.gateway
+    for store in (gateway._keys, gateway._tenants, gateway._prompts, gateway._stored_prices, gateway._ledger_store):
+        for verb in STORE_VERBS & set(dir(store)):
+            monkeypatch.setattr(store, verb, down)
+    before = len(host.acted)
+    for route in ROUTES:
+        if route.guard in ("admin", "caller_or_admin"):
+            answer = send(host, route, ROOT)
+            assert (answer.status_code, answer.json()["error"]["code"]) == (503, "storage_unavailable"), name_of(route)
+            assert answer.headers["retry-after"] == "1"
+    assert len(host.acted) == before, "what did not happen is not told"
