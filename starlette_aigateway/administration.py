@@ -147,8 +147,8 @@ class Administration:
         if not isinstance(tenant, Tenant):
             raise InvalidArgument("tenant must be a Tenant", param="tenant")
         await self.ready()
-        await self._tenants.put(tenant)
         await self._ledger.set_caps(tenant_scope(tenant.id), tenant.caps)
+        await self._tenants.put(tenant)
         return tenant
 
     async def get_tenant(self, tenant_id: str) -> Tenant:

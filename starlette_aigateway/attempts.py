@@ -10,6 +10,7 @@ import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from time import monotonic
+from typing import TypeVar
 
 import anyio
 from msgspec.structs import replace
@@ -26,6 +27,7 @@ from .streams import DRAIN_BYTES, Meter, Relay
 from .types import Chunk, Completion, ProviderCall, Timeouts, Usage
 from .wires import openai_chat
 
+T = TypeVar("T")
 LEASE_GRACE = 30.0
 MAX_CIRCUITS = 1024
 log = logging.getLogger("starlette_aigateway")
@@ -169,7 +171,7 @@ class Attempts:
                 completion = await answer.completion()
             usage = metering.reported_usage(completion)
             settlement = attempt.settlement(usage, lambda: _output_bytes(completion), completion.model)
-            record = await self._settle(attempt, settlement)
+            record = await self._settle(job, attempt, settlement)
             return _done(attempt, settlement, record, replace(completion, usage=settlement.usage))
 
         return await self._first_success(call, offer, job, run)
@@ -188,7 +190,7 @@ class Attempts:
                         raise ReaderLeft
             await relay.flush()
             settlement = attempt.settlement(meter.usage, meter.output_bytes, meter.model)
-            record = await self._settle(attempt, settlement)
+            record = await self._settle(job, attempt, settlement)
             return _done(attempt, settlement, record, None)
 
         try:
@@ -205,7 +207,7 @@ class Attempts:
         while True:
             step = next_step(plan, failures, now=monotonic(), deadline=call.deadline, policy=self._retries, opens_at=self._opens_at)
             if unresolved is not None and (isinstance(step, GiveUp) or step.delay > 0):
-                await self._release(unresolved)
+                await self._release(job, unresolved)
                 unresolved = None
             if isinstance(step, GiveUp):
                 raise _exhausted(step.error)
@@ -216,13 +218,14 @@ class Attempts:
                 result = await run(attempt)
             except ProviderError as error:
                 failures.append(Failure(step.target, error, monotonic()))
-                unresolved = await self._failed(attempt, error)
+                unresolved = await self._failed(job, attempt, error)
                 if relay is not None and relay.committed:
                     if unresolved is not None:
-                        await self._release(unresolved)
+                        await self._release(job, unresolved)
                     raise
             except BaseException as error:
                 await self._settle(
+                    job,
                     attempt,
                     metering.abandoned(attempt.hold, attempt.priced.price, received=attempt.received, latency_ms=attempt.latency_ms),
                 )
@@ -260,23 +263,23 @@ class Attempts:
             replaces=replaces.id if replaces is not None else None,
         )
         try:
-            hold = await self._reserve(request, now)
+            hold = await self._reserve(job, request, now)
         except SpendCapExceeded as refused:
             if failures:
                 raise _exhausted(failures[-1].error) from refused
             raise
         if job.abandoned:
-            await self._release(hold)
+            await self._release(job, hold)
             raise shut_down()
         return Attempt(call, offer, priced, request.attempt, hold, self._timeouts)
 
-    async def _reserve(self, request: HoldRequest, now: float) -> Hold:
-        """Shielded: a hold that is granted while its caller leaves is released here, not left to expire."""
-        with anyio.move_on_after(2 * self._timeouts.storage, shield=True):
+    async def _reserve(self, job: Job[Done], request: HoldRequest, now: float) -> Hold:
+        """A hold that is granted while its caller leaves is released here, not left to expire."""
+        with job.critical(2 * self._timeouts.storage):
             return await self._ledger.reserve(request, now=now)
         raise StorageUnavailable("the ledger did not answer in time", retry_after=1.0)
 
-    async def _failed(self, attempt: Attempt, error: ProviderError) -> Hold | None:
+    async def _failed(self, job: Job[Done], attempt: Attempt, error: ProviderError) -> Hold | None:
         """Books a failure. Gives the hold back where the provider charged nothing: it is still to be released."""
         target = attempt.priced.target
         if ails(error):
@@ -294,34 +297,31 @@ class Attempts:
         settlement = metering.failed(attempt.hold, attempt.priced.price, error, received=attempt.received, latency_ms=attempt.latency_ms)
         if settlement is None:
             return attempt.hold
-        await self._settle(attempt, settlement)
+        await self._settle(job, attempt, settlement)
         return None
 
-    async def _settle(self, attempt: Attempt, settlement: Settlement) -> UsageRecord | None:
-        """Shielded, and retried while the ledger is away. None: it stayed away; the lease will book the hold in full."""
-        with anyio.move_on_after(self._timeouts.settle, shield=True):
-            while True:
-                try:
-                    record = await self._ledger.settle(attempt.hold.id, settlement, now=self._clock())
-                except StorageUnavailable:
-                    await anyio.sleep(0.1)
-                else:
-                    if record is not None:
-                        self._emit(CallRecorded(record=record))
-                    return record
-        log.error("the settlement of %s could not be written; its lease will book the hold in full", attempt.hold.id)
-        return None
+    async def _settle(self, job: Job[Done], attempt: Attempt, settlement: Settlement) -> UsageRecord | None:
+        """Retried while the ledger is away. None: it stayed away; the lease will book the hold in full."""
+        record = await self._resolve(job, attempt.hold, lambda: self._ledger.settle(attempt.hold.id, settlement, now=self._clock()))
+        if record is not None:
+            self._emit(CallRecorded(record=record))
+        return record
 
-    async def _release(self, hold: Hold) -> None:
-        with anyio.move_on_after(self._timeouts.settle, shield=True):
+    async def _release(self, job: Job[Done], hold: Hold) -> None:
+        await self._resolve(job, hold, lambda: self._ledger.release(hold.id, now=self._clock()))
+
+    async def _resolve(self, job: Job[Done], hold: Hold, resolve: Callable[[], Awaitable[T]]) -> T | None:
+        deadline = monotonic() + self._timeouts.settle
+        with job.critical(self._timeouts.settle):
             while True:
                 try:
-                    await self._ledger.release(hold.id, now=self._clock())
+                    return await resolve()
                 except StorageUnavailable:
+                    if monotonic() > deadline:
+                        break
                     await anyio.sleep(0.1)
-                else:
-                    return
-        log.error("the release of %s could not be written; its lease will book the hold in full", hold.id)
+        log.error("hold %s could not be resolved; its lease will book it in full", hold.id)
+        return None
 
     def _circuit(self, target: Target) -> Circuit:
         circuit = self._circuits.get(target)

@@ -132,7 +132,7 @@ class Pipeline:
             await self._keep_stream(call, done, relay)
             return done
 
-        async with self._s.background.start(work) as job:
+        async with self._s.background.start(work, self._limit(call)) as job:
             with relay.receiver:
                 with self._telling(principal, request, request_id):
                     await relay.opened.wait()
@@ -357,7 +357,7 @@ class Pipeline:
         """Runs the call, or waits for an identical one that is in the air."""
         key = call.cache_key
         if key is None or not (call.options.cache.read and call.options.cache.store) or not self._s.background.shared:
-            return self._served(call, await self._s.background.run(lambda job: self._attempt(call, offer, job)))
+            return self._served(call, await self._s.background.run(lambda job: self._attempt(call, offer, job), self._limit(call)))
         flight = self._flights.find(key)
         if flight is not None:
             with anyio.move_on_after(call.deadline - monotonic()):
@@ -366,9 +366,14 @@ class Pipeline:
                 raise ProviderTimeout("an identical call was waited for, and did not end in time", billed="no")
             if flight.done is not None and flight.done.completion is not None:
                 return await self._serve_joined(call, flight.done)
-            return self._served(call, await self._s.background.run(lambda job: self._attempt(call, offer, job)))
+            return self._served(call, await self._s.background.run(lambda job: self._attempt(call, offer, job), self._limit(call)))
         self._flights.take_off(key)
-        return self._served(call, await self._s.background.run(lambda job: self._lead(call, offer, key, job)))
+        return self._served(call, await self._s.background.run(lambda job: self._lead(call, offer, key, job), self._limit(call)))
+
+    def _limit(self, call: Call) -> float:
+        """Seconds after which the job of a call is given up in any case, also by stores that never answer."""
+        timeouts = self._s.timeouts
+        return call.deadline - monotonic() + timeouts.drain + timeouts.settle + 2 * timeouts.storage
 
     async def _lead(self, call: Call, offer: Offer, key: str, job: Job[Done]) -> Done:
         done: Done | None = None

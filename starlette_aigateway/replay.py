@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from .policy import caching
 from .policy.caching import CachedAnswer, CachedCompletion, CachedEvents
@@ -57,8 +57,7 @@ def items_of(stored: CachedAnswer) -> Sequence[StreamItem]:
 
 
 def _message(content: CachedCompletion) -> Message:
-    message: Any = content.message or {"role": "assistant", "content": ""}
-    return Message(**message)
+    return cast("Message", content.message or {"role": "assistant", "content": ""})
 
 
 def _delta(message: Message) -> Mapping[str, Any]:

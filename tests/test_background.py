@@ -4,7 +4,7 @@ import anyio
 import pytest
 
 from starlette_aigateway.background import Background, Job
-from starlette_aigateway.errors import NotFound
+from starlette_aigateway.errors import NoProviderAvailable, NotFound
 
 pytestmark = pytest.mark.anyio
 
@@ -119,3 +119,52 @@ async def test_an_owner_whose_block_raises_gives_that_error_not_a_group() -> Non
     with pytest.raises(KeyError):
         async with Background(grace=0).owner():
             raise KeyError("mine")
+
+
+@pytest.mark.parametrize("owned", [True, False])
+async def test_in_a_critical_section_abandoned_work_is_not_cancelled_and_after_it_it_is(owned: bool) -> None:
+    background = Background(grace=0)
+    begun, go = anyio.Event(), anyio.Event()
+    seen: list[str] = []
+
+    async def work(job: Job[None]) -> None:
+        with job.critical(5):
+            begun.set()
+            await go.wait()
+            seen.append("through")
+        try:
+            await anyio.sleep_forever()
+        finally:
+            with job.critical(5):
+                await anyio.lowlevel.checkpoint()
+                seen.append("settled")
+
+    async def scenario() -> None:
+        async with anyio.create_task_group() as group:
+            async with background.start(work) as job:
+                await begun.wait()
+
+                async def later() -> None:
+                    while not job.abandoned:
+                        await anyio.lowlevel.checkpoint()
+                    go.set()
+
+                group.start_soon(later)
+            await job.finished()
+
+    with anyio.fail_after(5):
+        if owned:
+            async with background.owner():
+                await scenario()
+        else:
+            await scenario()
+    assert seen == ["through", "settled"]
+
+
+async def test_work_that_never_ends_is_given_up_at_its_limit() -> None:
+    async def forever(job: Job[None]) -> None:
+        with job.critical(5):
+            await anyio.sleep_forever()
+
+    with anyio.fail_after(5), pytest.raises(NoProviderAvailable):
+        await Background(grace=5).run(forever, limit=0.01)

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-from ..accounts import Hold, Settlement
+from ..accounts import Hold, Outcome, Settlement
 from ..errors import ProviderError
 from ..types import Completion, Price, Usage
 from . import pricing
 
 
-def completed(hold: Hold, price: Price | None, usage: Usage, *, bounded: bool, reported: bool, model: str | None, latency_ms: int) -> Settlement:
+def completed(
+    hold: Hold, price: Price | None, usage: Usage, *, bounded: bool, reported: bool, model: str | None, latency_ms: int
+) -> Settlement:
     """An answer came. `reported` usage is booked as it is; else `usage` is the estimate. `bounded`: the output was bounded by the
     gateway, so an amount above the hold means that the provider passed its bound."""
     amount = pricing.cost(usage, price)
     if not reported:
         return Settlement(
-            outcome="estimated", amount=min(amount, hold.amount) if bounded else amount, usage=usage, response_model=model, latency_ms=latency_ms
+            outcome="estimated",
+            amount=min(amount, hold.amount) if bounded else amount,
+            usage=usage,
+            response_model=model,
+            latency_ms=latency_ms,
         )
-    outcome = "overrun" if bounded and amount > hold.amount else "completed"
+    outcome: Outcome = "overrun" if bounded and amount > hold.amount else "completed"
     return Settlement(outcome=outcome, amount=amount, usage=usage, response_model=model, latency_ms=latency_ms)
 
 

@@ -7,7 +7,7 @@ from typing import Protocol, TypeAlias
 
 from msgspec import Struct
 
-from ..errors import InvalidRequest, NoProviderAvailable, NotFound, ProviderError
+from ..errors import InvalidRequest, NoProviderAvailable, NotFound, ProviderError, ProviderRejected
 
 
 class Route(Protocol):
@@ -106,12 +106,17 @@ def _soonest_retry(plan: Plan, failures: Mapping[Target, Sequence[Failure]], now
     candidates = []
     for target in plan.targets:
         past = failures.get(target, ())
-        if not past or len(past) >= policy.rounds or any(failure.error.billed != "no" for failure in past):
+        if not past or len(past) >= policy.rounds or any(_would_repeat(failure.error) for failure in past):
             continue
         last = past[-1]
         wait = max(policy.backoff * 2 ** (len(past) - 1), last.error.retry_after or 0.0)
         candidates.append(Try(target, max(0.0, last.at + wait - now)))
     return min(candidates, key=lambda retry: retry.delay, default=None)
+
+
+def _would_repeat(error: ProviderError) -> bool:
+    """Whether asking the same target again bills again, or brings the same refusal of the request again."""
+    return error.billed != "no" or isinstance(error, ProviderRejected)
 
 
 def _all_open(plan: Plan, now: float, opens_at: Callable[[Target], float | None]) -> ProviderError:
@@ -150,4 +155,6 @@ class Circuit(Struct):
 
 def ails(error: ProviderError) -> bool:
     """Whether a failure speaks of the target's health: not what the request caused, and not its own rate limit."""
-    return error.retryable and (error.status is None or error.status in (408, 504, 524) or error.status >= 500)
+    if not error.retryable or isinstance(error, ProviderRejected):
+        return False
+    return error.status is None or error.status in (408, 504, 524) or error.status >= 500

@@ -17,7 +17,8 @@ log = logging.getLogger("starlette_aigateway")
 class Wakeup(Protocol):
     """What a task waits for. `loop` tells the loops apart; `ring` is called in the loop, any number of times."""
 
-    loop: object
+    @property
+    def loop(self) -> object: ...
 
     async def wait(self) -> None: ...
 
