@@ -57,6 +57,11 @@ class EventReader:
         self.saw_done = False
         self.saw_finish = False
 
+    @property
+    def complete(self) -> bool:
+        """Once the iterator is exhausted: whether the stream was not cut short. Some servers send a finish reason and no end mark."""
+        return self.saw_done or self.saw_finish
+
     def feed(self, data: bytes) -> Iterator[StreamItem]:
         if self.saw_done:
             return
