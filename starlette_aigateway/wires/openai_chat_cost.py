@@ -69,6 +69,7 @@ HARMLESS: Mapping[str, tuple[Any, ...]] = MappingProxyType(
 
 LOCAL_TOOLS = frozenset({"function", "custom"})
 TEXT_PARTS = frozenset({"text", "refusal"})
+CACHE_MARKS = ("prompt_cache_breakpoint", "cache_control")  # OpenAI's and Anthropic's: cache writes may cost more than plain input
 
 MAX_IMAGE_TOKENS = 50_000
 """What one inlined image can cost in input tokens at the most. Its bytes do not bound that: a blank picture compresses to nothing and
@@ -100,6 +101,8 @@ def _unbounded_tool(tools: Any) -> str | None:
     for index, tool in enumerate(tools):
         if not isinstance(tool, dict) or tool.get("type") not in LOCAL_TOOLS:
             return f"tools[{index}]"
+        if tool.get("cache_control") is not None:
+            return f"tools[{index}].cache_control"
     return None
 
 
@@ -117,8 +120,9 @@ def _unbounded_message(request: CompletionRequest) -> str | None:
 
 
 def _unbounded_part(part: Mapping[str, Any]) -> str | None:
-    if part.get("prompt_cache_breakpoint") is not None:
-        return ".prompt_cache_breakpoint"
+    for mark in CACHE_MARKS:
+        if part.get(mark) is not None:
+            return f".{mark}"
     kind = part.get("type")
     if kind in TEXT_PARTS:
         return None
