@@ -213,7 +213,12 @@ class Attempts:
                 raise _exhausted(step.error)
             if step.delay > 0:
                 await anyio.sleep(step.delay)
-            attempt = await self._begin(call, offer, job, step.target, failures, unresolved)
+            try:
+                attempt = await self._begin(call, offer, job, step.target, failures, unresolved)
+            except StorageUnavailable:
+                if unresolved is not None:
+                    await self._release(job, unresolved)
+                raise
             try:
                 result = await run(attempt)
             except ProviderError as error:

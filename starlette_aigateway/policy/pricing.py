@@ -15,7 +15,7 @@ MILLION = 10**6
 PublicPriceSource: TypeAlias = Callable[[str, str], Price | None]
 """The published price of `(provider, upstream model)`, or None. Called once per call at the most: it has to remember."""
 
-ConfiguredPrices: TypeAlias = Mapping[str | tuple[str, str], Price]
+ConfiguredPrices: TypeAlias = Mapping[str, Price] | Mapping[tuple[str, str], Price] | Mapping[str | tuple[str, str], Price]
 """Prices as hosts write them: `{"gpt-4o": Price(...), ("azure", "gpt-4o"): Price(...)}`."""
 
 
