@@ -21,24 +21,14 @@ from starlette_aigateway.cache import DiskResponseCache, wait
 from starlette_aigateway.cache_files import BytesDisk
 from starlette_aigateway.protocols import ResponseCache
 from starlette_aigateway.testing.cache import ResponseCacheContract, SharedResponseCacheContract, key
+from starlette_aigateway.testing.clock import FakeClock
 
 pytestmark = pytest.mark.anyio
 
 
-class Clock:
-    def __init__(self) -> None:
-        self.now = 1_800_000_000.0
-
-    def __call__(self) -> float:
-        return self.now
-
-    def advance(self, seconds: float) -> None:
-        self.now += seconds
-
-
 @pytest.fixture
-def clock() -> Clock:
-    return Clock()
+def clock() -> FakeClock:
+    return FakeClock()
 
 
 @pytest.fixture
@@ -47,13 +37,13 @@ def directory(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-async def cache(directory: Path, clock: Clock) -> AsyncIterator[DiskResponseCache]:
+async def cache(directory: Path, clock: FakeClock) -> AsyncIterator[DiskResponseCache]:
     async with DiskResponseCache(directory, clock=clock) as opened:
         yield opened
 
 
 @pytest.fixture
-async def other(directory: Path, clock: Clock) -> AsyncIterator[DiskResponseCache]:
+async def other(directory: Path, clock: FakeClock) -> AsyncIterator[DiskResponseCache]:
     async with DiskResponseCache(directory, clock=clock) as opened:
         yield opened
 
@@ -64,7 +54,7 @@ class TestMemoryAndDisk(ResponseCacheContract):
 
 class TestDiskAlone(ResponseCacheContract):
     @pytest.fixture
-    async def cache(self, directory: Path, clock: Clock) -> AsyncIterator[DiskResponseCache]:
+    async def cache(self, directory: Path, clock: FakeClock) -> AsyncIterator[DiskResponseCache]:
         async with DiskResponseCache(directory, memory_entries=0, clock=clock) as opened:
             yield opened
 
@@ -95,7 +85,7 @@ def plant(directory: Path, name: str, *, mode: int, value: object = None, filena
         connection.close()
 
 
-async def fresh(directory: Path, clock: Clock) -> DiskResponseCache:
+async def fresh(directory: Path, clock: FakeClock) -> DiskResponseCache:
     """A cache whose files exist and whose memory is empty."""
     made = DiskResponseCache(directory, memory_entries=0, clock=clock)
     await made.flush()
@@ -117,7 +107,7 @@ async def test_constructing_opens_and_creates_nothing(directory: Path) -> None:
     assert threading.active_count() == threads
 
 
-async def test_a_planted_pickle_is_a_miss_and_never_runs(directory: Path, clock: Clock, tmp_path: Path) -> None:
+async def test_a_planted_pickle_is_a_miss_and_never_runs(directory: Path, clock: FakeClock, tmp_path: Path) -> None:
     async with await fresh(directory, clock) as cache:
         bomb = pickle.dumps(Bomb(tmp_path / "ran"))
         plant(directory, "a", mode=MODE_PICKLE, value=bomb)
@@ -129,7 +119,7 @@ async def test_a_planted_pickle_is_a_miss_and_never_runs(directory: Path, clock:
     assert not (tmp_path / "ran").exists()
 
 
-async def test_a_planted_pickle_file_is_a_miss_and_never_runs(directory: Path, clock: Clock, tmp_path: Path) -> None:
+async def test_a_planted_pickle_file_is_a_miss_and_never_runs(directory: Path, clock: FakeClock, tmp_path: Path) -> None:
     async with await fresh(directory, clock) as cache:
         (directory / "bomb.val").write_bytes(pickle.dumps(Bomb(tmp_path / "ran")))
         plant(directory, "a", mode=MODE_PICKLE, filename="bomb.val")
@@ -138,7 +128,7 @@ async def test_a_planted_pickle_file_is_a_miss_and_never_runs(directory: Path, c
 
 
 @pytest.mark.parametrize("mode", [MODE_RAW, MODE_BINARY, MODE_TEXT])
-async def test_a_row_that_names_a_file_neither_reads_nor_removes_it(directory: Path, clock: Clock, tmp_path: Path, mode: int) -> None:
+async def test_a_row_that_names_a_file_neither_reads_nor_removes_it(directory: Path, clock: FakeClock, tmp_path: Path, mode: int) -> None:
     secret = tmp_path / "secret"
     secret.write_bytes(b"\x00" * 16)
     async with await fresh(directory, clock) as cache:
@@ -152,7 +142,7 @@ async def test_a_row_that_names_a_file_neither_reads_nor_removes_it(directory: P
 
 
 @pytest.mark.parametrize("value", ["text", 12, 1.5, None, b"", b"short"])
-async def test_a_row_that_is_not_ours_is_a_miss_and_removed(directory: Path, clock: Clock, value: object) -> None:
+async def test_a_row_that_is_not_ours_is_a_miss_and_removed(directory: Path, clock: FakeClock, value: object) -> None:
     async with await fresh(directory, clock) as cache:
         plant(directory, "a", mode=MODE_RAW, value=value)
         assert await cache.get(key("a")) is None
@@ -173,28 +163,28 @@ def test_the_disk_takes_bytes_only(tmp_path: Path, value: object) -> None:
         disk.get(pickle.dumps(value if value is None else 1), 0)
 
 
-async def test_no_file_is_ever_written_for_a_value(directory: Path, clock: Clock) -> None:
+async def test_no_file_is_ever_written_for_a_value(directory: Path, clock: FakeClock) -> None:
     async with DiskResponseCache(directory, clock=clock) as cache:
         await cache.put(key("a"), b"x" * 2**20, 60)
         await cache.flush()
         assert {path.name for path in directory.iterdir()} <= {"cache.db", "cache.db-wal", "cache.db-shm", "purges"}
 
 
-async def test_the_directory_is_for_this_user_only(directory: Path, clock: Clock) -> None:
+async def test_the_directory_is_for_this_user_only(directory: Path, clock: FakeClock) -> None:
     directory.mkdir(mode=0o755)
     directory.chmod(0o755)
     async with await fresh(directory, clock):
         assert directory.stat().st_mode & 0o777 == 0o700
 
 
-async def test_an_answer_survives_a_restart(directory: Path, clock: Clock) -> None:
+async def test_an_answer_survives_a_restart(directory: Path, clock: FakeClock) -> None:
     async with DiskResponseCache(directory, clock=clock) as cache:
         await cache.put(key("a"), b"answer", 60)
     async with DiskResponseCache(directory, clock=clock) as cache:
         assert await cache.get(key("a")) == b"answer"
 
 
-async def test_a_closed_cache_opens_again_at_the_next_use(directory: Path, clock: Clock) -> None:
+async def test_a_closed_cache_opens_again_at_the_next_use(directory: Path, clock: FakeClock) -> None:
     cache = DiskResponseCache(directory, clock=clock)
     await cache.put(key("a"), b"answer", 60)
     cache.close()
@@ -204,7 +194,7 @@ async def test_a_closed_cache_opens_again_at_the_next_use(directory: Path, clock
 
 
 @pytest.mark.parametrize("contents", [b"this is not a database" * 1000, b"SQLite format 3\x00" + b"\xff" * 8192])
-async def test_a_file_that_is_no_database_is_set_aside_and_made_anew(directory: Path, clock: Clock, contents: bytes) -> None:
+async def test_a_file_that_is_no_database_is_set_aside_and_made_anew(directory: Path, clock: FakeClock, contents: bytes) -> None:
     directory.mkdir()
     (directory / "cache.db").write_bytes(contents)
     async with DiskResponseCache(directory, memory_entries=0, clock=clock) as cache:
@@ -217,7 +207,7 @@ async def test_a_file_that_is_no_database_is_set_aside_and_made_anew(directory: 
         assert not list(directory.glob("*corrupt*"))
 
 
-async def test_a_database_of_somebody_else_is_set_aside(directory: Path, clock: Clock) -> None:
+async def test_a_database_of_somebody_else_is_set_aside(directory: Path, clock: FakeClock) -> None:
     directory.mkdir()
     connection = sqlite3.connect(directory / "cache.db")
     connection.execute("CREATE TABLE Cache (something TEXT)")
@@ -230,7 +220,7 @@ async def test_a_database_of_somebody_else_is_set_aside(directory: Path, clock: 
 
 
 @pytest.mark.parametrize(("name", "value"), [("disk_unknown", 1), ("get", "x"), ("_con", 1), ("eviction_policy", "'"), ("sqlite_x;", "y")])
-async def test_planted_settings_do_not_stop_the_cache(directory: Path, clock: Clock, name: str, value: object) -> None:
+async def test_planted_settings_do_not_stop_the_cache(directory: Path, clock: FakeClock, name: str, value: object) -> None:
     async with await fresh(directory, clock):
         pass
     connection = sqlite3.connect(directory / "cache.db", isolation_level=None)
@@ -309,7 +299,7 @@ async def test_a_purge_ends_the_writes_that_still_wait_in_another_worker(
 
 
 async def test_with_too_much_waiting_to_be_written_further_writes_do_not_happen(
-    directory: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
+    directory: Path, clock: FakeClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cache_files, "MAX_PENDING_BYTES", 25)
     async with await fresh(directory, clock) as cache:
@@ -328,7 +318,7 @@ async def test_with_too_much_waiting_to_be_written_further_writes_do_not_happen(
 
 
 async def test_a_directory_that_cannot_be_made_leaves_a_cache_in_memory(
-    tmp_path: Path, clock: Clock, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, clock: FakeClock, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "file").write_text("")
     async with DiskResponseCache(tmp_path / "file" / "cache", clock=clock) as cache:
@@ -341,7 +331,7 @@ async def test_a_directory_that_cannot_be_made_leaves_a_cache_in_memory(
 
 
 async def test_a_failure_is_logged_once_and_names_no_key_and_no_value(
-    tmp_path: Path, clock: Clock, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, clock: FakeClock, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "file").write_text("")
     with caplog.at_level(logging.DEBUG):
@@ -357,7 +347,7 @@ async def test_a_failure_is_logged_once_and_names_no_key_and_no_value(
     assert "the answer" not in lines[0]
 
 
-async def test_a_cache_that_could_not_be_opened_is_tried_again(tmp_path: Path, clock: Clock) -> None:
+async def test_a_cache_that_could_not_be_opened_is_tried_again(tmp_path: Path, clock: FakeClock) -> None:
     blocker = tmp_path / "cache"
     blocker.write_text("")
     async with DiskResponseCache(blocker, memory_entries=0, clock=clock) as cache:
@@ -370,7 +360,9 @@ async def test_a_cache_that_could_not_be_opened_is_tried_again(tmp_path: Path, c
         assert await cache.get(key("a")) == b"answer"
 
 
-async def test_a_locked_file_still_answers_reads_and_delays_no_put(directory: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_locked_file_still_answers_reads_and_delays_no_put(
+    directory: Path, clock: FakeClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(cache_files, "WRITE_TIMEOUT", 0.05)
     async with DiskResponseCache(directory, memory_entries=0, clock=clock) as cache:
         await cache.put(key("a"), b"answer", 60)
@@ -392,7 +384,7 @@ async def test_a_locked_file_still_answers_reads_and_delays_no_put(directory: Pa
 
 
 async def test_a_purge_of_a_locked_file_forgets_everything_all_the_same(
-    directory: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
+    directory: Path, clock: FakeClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cache_files, "WRITE_TIMEOUT", 0.05)
     async with DiskResponseCache(directory, clock=clock) as cache:
@@ -410,7 +402,7 @@ async def test_a_purge_of_a_locked_file_forgets_everything_all_the_same(
         assert [row[0] for row in rows(directory)] == [key("b")]
 
 
-async def test_the_oldest_entries_make_room(directory: Path, clock: Clock) -> None:
+async def test_the_oldest_entries_make_room(directory: Path, clock: FakeClock) -> None:
     async with DiskResponseCache(directory, size_limit=512 * 1024, memory_entries=0, clock=clock) as cache:
         for number in range(200):
             await cache.put(key(str(number)), os.urandom(8192), 60)
@@ -424,7 +416,9 @@ async def test_the_oldest_entries_make_room(directory: Path, clock: Clock) -> No
 
 
 @pytest.mark.parametrize(("entries", "size"), [(2, 10**6), (100, 20)])
-async def test_the_memory_tier_keeps_what_was_used_last_within_its_bounds(directory: Path, clock: Clock, entries: int, size: int) -> None:
+async def test_the_memory_tier_keeps_what_was_used_last_within_its_bounds(
+    directory: Path, clock: FakeClock, entries: int, size: int
+) -> None:
     async with DiskResponseCache(directory, memory_entries=entries, memory_bytes=size, clock=clock) as cache:
         await cache.flush()
         for name in ("a", "b"):
@@ -438,7 +432,7 @@ async def test_the_memory_tier_keeps_what_was_used_last_within_its_bounds(direct
         assert [await cache.get(key(name)) for name in ("a", "b", "c")] == [b"0123456789", None, b"0123456789"]
 
 
-async def test_threads_with_loops_of_their_own_share_one_cache(directory: Path, clock: Clock, anyio_backend: str) -> None:
+async def test_threads_with_loops_of_their_own_share_one_cache(directory: Path, clock: FakeClock, anyio_backend: str) -> None:
     import anyio
 
     wrong: list[str] = []

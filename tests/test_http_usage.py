@@ -15,6 +15,7 @@ from starlette.requests import HTTPConnection
 
 from starlette_aigateway import Limits, Principal, Tenant
 from starlette_aigateway.http import usage
+from starlette_aigateway.testing.clock import FakeClock
 
 from .http_host import ACME, ALICE, ROOT, Service, service
 
@@ -22,21 +23,13 @@ DAY = 86_400.0
 START = datetime(2026, 1, 31, 12, tzinfo=UTC).timestamp()
 
 
-class Clock:
-    def __init__(self) -> None:
-        self.now = START
-
-    def __call__(self) -> float:
-        return self.now
+@pytest.fixture
+def clock() -> FakeClock:
+    return FakeClock(START)
 
 
 @pytest.fixture
-def clock() -> Clock:
-    return Clock()
-
-
-@pytest.fixture
-def host(clock: Clock) -> Iterator[Service]:
+def host(clock: FakeClock) -> Iterator[Service]:
     with service(clock=clock, default_limits=Limits(tokens_per_minute=10_000)) as host:
         yield host
 
@@ -93,7 +86,7 @@ def test_a_caller_sees_its_own_and_a_filter_that_names_somebody_else_is_403(host
     assert report(host, ACME, principal="alice")["data"] == []
 
 
-def test_totals_and_groups_are_over_everything_that_the_filters_match(host: Service, clock: Clock) -> None:
+def test_totals_and_groups_are_over_everything_that_the_filters_match(host: Service, clock: FakeClock) -> None:
     headers, key = host.key()
     for model in ("echo", "echo", "meta/llama"):
         host.complete(headers, model=model)  # a day later the cache has forgotten
@@ -108,7 +101,7 @@ def test_totals_and_groups_are_over_everything_that_the_filters_match(host: Serv
     assert whole["has_more"]
 
 
-def test_a_range_is_half_open_and_a_date_is_its_midnight_in_utc(host: Service, clock: Clock) -> None:
+def test_a_range_is_half_open_and_a_date_is_its_midnight_in_utc(host: Service, clock: FakeClock) -> None:
     for _ in range(3):
         host.complete(ALICE)
         clock.now += DAY
@@ -118,7 +111,7 @@ def test_a_range_is_half_open_and_a_date_is_its_midnight_in_utc(host: Service, c
     assert len(report(host, since="2026-02-01", until="2026-02-02")["data"]) == 1
 
 
-def test_pages_hold_every_record_once_newest_first(host: Service, clock: Clock) -> None:
+def test_pages_hold_every_record_once_newest_first(host: Service, clock: FakeClock) -> None:
     for _ in range(7):
         host.complete(ALICE)
         clock.now += 1
@@ -156,7 +149,7 @@ def test_a_parameter_that_is_given_twice_is_400_and_so_is_a_range_that_ends_befo
     assert refused(host, ALICE, since="2026-02-01", until="2026-01-01") == (400, "until")
 
 
-def test_csv_holds_every_record_under_a_header_line_across_pages(host: Service, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_csv_holds_every_record_under_a_header_line_across_pages(host: Service, clock: FakeClock, monkeypatch: pytest.MonkeyPatch) -> None:
     for _ in range(8):
         host.complete(ALICE)
         clock.now += 1

@@ -12,18 +12,19 @@ from starlette_aigateway.errors import ConfigurationError, InvalidRequest, RateL
 from starlette_aigateway.limiter import ClaimItem, Limiter, SharedWindows
 from starlette_aigateway.policy.windows import WindowClaim
 from starlette_aigateway.stores.sqlite.windows import SQLiteWindowStorage
-from starlette_aigateway.testing.windows import MICROSECOND, StandingClock, requests, tokens
+from starlette_aigateway.testing.clock import FakeClock
+from starlette_aigateway.testing.windows import MICROSECOND, requests, tokens
 
 pytestmark = pytest.mark.anyio
 
 
 @pytest.fixture
-def clock() -> StandingClock:
-    return StandingClock()
+def clock() -> FakeClock:
+    return FakeClock()
 
 
 @pytest.fixture
-async def limiter(tmp_path: Path, clock: StandingClock) -> AsyncIterator[Limiter]:
+async def limiter(tmp_path: Path, clock: FakeClock) -> AsyncIterator[Limiter]:
     async with SQLiteWindowStorage(path=tmp_path / "windows.db", clock=clock) as storage:
         yield Limiter(storage, clock=clock)
 
@@ -32,7 +33,7 @@ async def remaining(limiter: Limiter, *claims: WindowClaim) -> Sequence[int]:
     return [state.remaining for state in await limiter.peek(claims)]
 
 
-async def test_no_claims_are_admitted_without_touching_the_storage(tmp_path: Path, clock: StandingClock) -> None:
+async def test_no_claims_are_admitted_without_touching_the_storage(tmp_path: Path, clock: FakeClock) -> None:
     limiter = Limiter(SQLiteWindowStorage(path=tmp_path / "no" / "windows.db"), clock=clock)
     assert await limiter.admit([]) == ()
     assert await limiter.peek([]) == ()
@@ -49,7 +50,7 @@ async def test_admitting_tells_each_window_in_the_order_of_the_claims(limiter: L
     assert [state.remaining for state in states] == [59, 900, 499]
 
 
-async def test_a_refusal_says_whose_which_and_how_long(limiter: Limiter, clock: StandingClock) -> None:
+async def test_a_refusal_says_whose_which_and_how_long(limiter: Limiter, clock: FakeClock) -> None:
     claims = [requests(10), requests(2, scope="tenant:secret-customer")]
     await limiter.admit(claims)
     clock.advance(12.5)
@@ -62,7 +63,7 @@ async def test_a_refusal_says_whose_which_and_how_long(limiter: Limiter, clock: 
     assert str(error) == "rate limit exceeded: at most 2 requests per minute for this tenant; retry in 47.500 seconds"
 
 
-async def test_after_exactly_the_wait_the_same_call_gets_in(limiter: Limiter, clock: StandingClock) -> None:
+async def test_after_exactly_the_wait_the_same_call_gets_in(limiter: Limiter, clock: FakeClock) -> None:
     claims = [requests(2), tokens(100, 60), tokens(150, 60, scope="gateway")]
     await limiter.admit(claims)
     clock.advance(7)
@@ -102,7 +103,7 @@ async def test_tokens_are_corrected_to_what_was_used(limiter: Limiter) -> None:
     assert await remaining(limiter, *claims) == [4, 100, 4100]
 
 
-async def test_a_late_correction_is_told_when_the_call_began(limiter: Limiter, clock: StandingClock) -> None:
+async def test_a_late_correction_is_told_when_the_call_began(limiter: Limiter, clock: FakeClock) -> None:
     began, claims = clock(), [tokens(1000, 800)]
     await limiter.admit(claims)
     clock.advance(90)
@@ -133,7 +134,7 @@ async def broken(tmp_path: Path) -> AsyncIterator[SQLiteWindowStorage]:
         yield storage
 
 
-async def test_a_storage_that_is_down_refuses_every_call(broken: SQLiteWindowStorage, clock: StandingClock) -> None:
+async def test_a_storage_that_is_down_refuses_every_call(broken: SQLiteWindowStorage, clock: FakeClock) -> None:
     limiter = Limiter(broken, clock=clock)
     with pytest.raises(StorageUnavailable):
         await limiter.admit([requests(5)])
@@ -142,7 +143,7 @@ async def test_a_storage_that_is_down_refuses_every_call(broken: SQLiteWindowSto
 
 
 async def test_fail_open_lets_through_and_says_so_once(
-    broken: SQLiteWindowStorage, clock: StandingClock, caplog: pytest.LogCaptureFixture
+    broken: SQLiteWindowStorage, clock: FakeClock, caplog: pytest.LogCaptureFixture
 ) -> None:
     limiter = Limiter(broken, clock=clock, fail_open=True)
     with caplog.at_level(logging.ERROR):
@@ -152,7 +153,7 @@ async def test_fail_open_lets_through_and_says_so_once(
 
 
 async def test_a_correction_never_raises_for_the_storage(
-    broken: SQLiteWindowStorage, clock: StandingClock, caplog: pytest.LogCaptureFixture
+    broken: SQLiteWindowStorage, clock: FakeClock, caplog: pytest.LogCaptureFixture
 ) -> None:
     limiter = Limiter(broken, clock=clock)
     for _ in range(3):
@@ -160,7 +161,7 @@ async def test_a_correction_never_raises_for_the_storage(
     assert sum("stay charged as estimated" in record.message for record in caplog.records) == 1
 
 
-async def test_an_outage_is_reported_anew_after_it_was_over(tmp_path: Path, clock: StandingClock, caplog: pytest.LogCaptureFixture) -> None:
+async def test_an_outage_is_reported_anew_after_it_was_over(tmp_path: Path, clock: FakeClock, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / "windows.db"
     async with SQLiteWindowStorage(path=path, clock=clock) as storage:
         limiter = Limiter(storage, clock=clock, fail_open=True)
@@ -188,7 +189,7 @@ class FaultyStorage(MemoryStorage):
 
 
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
-async def test_faults_of_any_storage_are_storage_unavailable_and_name_no_host(clock: StandingClock) -> None:
+async def test_faults_of_any_storage_are_storage_unavailable_and_name_no_host(clock: FakeClock) -> None:
     with pytest.raises(StorageUnavailable) as caught:
         await Limiter(FaultyStorage(), clock=clock).admit([requests(5)])
     assert "secret-host" not in str(caught.value)
@@ -200,16 +201,16 @@ async def test_faults_of_any_storage_are_storage_unavailable_and_name_no_host(cl
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])  # the storages of limits know asyncio only
 class TestOverMemoryOfLimits:
     @pytest.fixture
-    def clock(self, monkeypatch: pytest.MonkeyPatch) -> StandingClock:
-        clock = StandingClock()
+    def clock(self, monkeypatch: pytest.MonkeyPatch) -> FakeClock:
+        clock = FakeClock()
         monkeypatch.setattr("limits.aio.storage.memory.time.time", clock)
         return clock
 
     @pytest.fixture
-    def limiter(self, clock: StandingClock) -> Limiter:
+    def limiter(self, clock: FakeClock) -> Limiter:
         return Limiter(MemoryStorage(), clock=clock)
 
-    async def test_lets_in_as_many_as_the_limit_and_no_more(self, limiter: Limiter, clock: StandingClock) -> None:
+    async def test_lets_in_as_many_as_the_limit_and_no_more(self, limiter: Limiter, clock: FakeClock) -> None:
         for left in (2, 1, 0):
             assert [state.remaining for state in await limiter.admit([requests(3), tokens(100, 10)])] == [left, 70 + 10 * left]
             clock.advance(1)
@@ -218,7 +219,7 @@ class TestOverMemoryOfLimits:
         assert caught.value.retry_after == 57
         assert await remaining(limiter, requests(3), tokens(100, 0)) == [0, 70]
 
-    async def test_the_wait_of_tokens_is_true(self, limiter: Limiter, clock: StandingClock) -> None:
+    async def test_the_wait_of_tokens_is_true(self, limiter: Limiter, clock: FakeClock) -> None:
         await limiter.admit([tokens(1000, 700)])
         clock.advance(20)
         for amount in (301, 800):
@@ -255,7 +256,7 @@ def test_a_storage_without_sliding_windows_is_refused() -> None:
             """Connects to nothing."""
 
     with pytest.raises(ConfigurationError, match="no sliding windows"):
-        Limiter(WithoutWindows(), clock=StandingClock())
+        Limiter(WithoutWindows(), clock=FakeClock())
 
 
 def test_our_storage_is_taken_as_shared_windows_and_memory_is_not(tmp_path: Path) -> None:

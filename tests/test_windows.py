@@ -21,9 +21,9 @@ from starlette_aigateway.errors import ConfigurationError, InvalidArgument, Stor
 from starlette_aigateway.limiter import SharedWindows
 from starlette_aigateway.policy.windows import MICROSECONDS, Refusal, Sliding, WindowClaim
 from starlette_aigateway.stores.sqlite.windows import SQLiteWindowStorage
+from starlette_aigateway.testing.clock import FakeClock
 from starlette_aigateway.testing.windows import (
     LimitsContract,
-    StandingClock,
     WindowsContract,
     admitted,
     remaining,
@@ -37,12 +37,12 @@ SPAN = 60 * MICROSECONDS
 
 
 @pytest.fixture
-def clock() -> StandingClock:
-    return StandingClock()
+def clock() -> FakeClock:
+    return FakeClock()
 
 
 @pytest.fixture
-async def storage(tmp_path: Path, clock: StandingClock) -> AsyncIterator[SQLiteWindowStorage]:
+async def storage(tmp_path: Path, clock: FakeClock) -> AsyncIterator[SQLiteWindowStorage]:
     async with SQLiteWindowStorage(path=tmp_path / "data" / "windows.db", clock=clock) as storage:
         yield storage
 
@@ -53,7 +53,7 @@ class TestSQLiteWindows(WindowsContract):
 
 class TestSQLiteWindowsUnderLimits(LimitsContract):
     @pytest.fixture(autouse=True)
-    def _one_time(self, clock: StandingClock, monkeypatch: pytest.MonkeyPatch) -> None:
+    def _one_time(self, clock: FakeClock, monkeypatch: pytest.MonkeyPatch) -> None:
         """The strategies of `limits` add the time of their own clock to what a sliding storage tells."""
         monkeypatch.setattr("limits.aio.strategies.time.time", clock)
 
@@ -126,7 +126,7 @@ def test_the_moving_window_agrees_with_brute_force(steps: list[Step]) -> None:
     """Over changing limits, amounts and keys, in windows of two seconds: admission, remaining and wait."""
 
     async def run() -> None:
-        clock, models = StandingClock(), {"a": Model(), "b": Model()}
+        clock, models = FakeClock(), {"a": Model(), "b": Model()}
         async with SQLiteWindowStorage(path=":memory:", clock=clock) as storage:
             for pause, amount, limit, key in steps:
                 clock.advance(pause / MICROSECONDS)
@@ -150,7 +150,7 @@ def test_the_moving_window_agrees_with_brute_force(steps: list[Step]) -> None:
 @given(pauses=st.lists(st.integers(0, MICROSECONDS), min_size=20, max_size=120), limit=st.integers(1, 6))
 def test_no_interval_of_a_window_holds_more_than_the_limit(pauses: list[int], limit: int) -> None:
     async def run() -> list[int]:
-        clock, let_in = StandingClock(), []
+        clock, let_in = FakeClock(), []
         async with SQLiteWindowStorage(path=":memory:", clock=clock) as storage:
             for pause in pauses:
                 clock.advance(pause / MICROSECONDS)
@@ -186,7 +186,7 @@ def test_a_storage_without_a_path_is_refused(uri: str | None) -> None:
         SQLiteWindowStorage(uri)
 
 
-async def test_windows_are_kept_over_a_restart(tmp_path: Path, clock: StandingClock) -> None:
+async def test_windows_are_kept_over_a_restart(tmp_path: Path, clock: FakeClock) -> None:
     for expected in (True, False):
         async with SQLiteWindowStorage(path=tmp_path / "windows.db", clock=clock) as storage:
             assert await admitted(storage, requests(1)) is expected
@@ -225,7 +225,7 @@ async def test_mixed_operations_of_one_batch_take_effect_in_their_order(storage:
     assert outcomes.count(True) == 3
 
 
-async def test_what_has_expired_is_removed_in_passing(storage: SQLiteWindowStorage, clock: StandingClock) -> None:
+async def test_what_has_expired_is_removed_in_passing(storage: SQLiteWindowStorage, clock: FakeClock) -> None:
     for number in range(400):
         assert await admitted(storage, requests(1, scope=f"login:{number}"), tokens(1, 1, scope=f"login:{number}"))
         clock.advance(1)
@@ -241,7 +241,7 @@ async def test_what_has_expired_is_removed_in_passing(storage: SQLiteWindowStora
     assert hits < 200, "of 1000, 60 of which still count"
 
 
-async def test_what_still_counts_is_never_removed(storage: SQLiteWindowStorage, clock: StandingClock) -> None:
+async def test_what_still_counts_is_never_removed(storage: SQLiteWindowStorage, clock: FakeClock) -> None:
     clock.advance(59)
     assert await admitted(storage, tokens(100, 100), requests(3))
     for pause in (1, 30):
@@ -251,7 +251,7 @@ async def test_what_still_counts_is_never_removed(storage: SQLiteWindowStorage, 
     assert await remaining(storage, tokens(100, 0), requests(3)) == [50, 2]
 
 
-async def test_a_burst_that_expired_long_ago_does_not_count(storage: SQLiteWindowStorage, clock: StandingClock) -> None:
+async def test_a_burst_that_expired_long_ago_does_not_count(storage: SQLiteWindowStorage, clock: FakeClock) -> None:
     for _ in range(300):
         assert await admitted(storage, requests(300))
         clock.advance(0.1)
@@ -281,7 +281,7 @@ async def hammer(storage: SharedWindows, calls: int, limit: int) -> int:
 
 
 def test_two_event_loops_share_one_storage(tmp_path: Path) -> None:
-    storage = SQLiteWindowStorage(path=tmp_path / "windows.db", clock=StandingClock())
+    storage = SQLiteWindowStorage(path=tmp_path / "windows.db", clock=FakeClock())
     counts: list[int] = []
 
     def loop(backend: str) -> None:
@@ -334,7 +334,7 @@ def test_four_processes_together_get_exactly_the_limit(tmp_path: Path) -> None:
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")  # forking with a live writer thread is what is tested
 def test_a_forked_child_counts_in_the_same_windows(tmp_path: Path) -> None:
-    storage = SQLiteWindowStorage(path=tmp_path / "windows.db", clock=StandingClock())
+    storage = SQLiteWindowStorage(path=tmp_path / "windows.db", clock=FakeClock())
     assert anyio.run(hammer, storage, 3, 5) == 3
     child = os.fork()
     if child == 0:
@@ -352,7 +352,7 @@ def test_a_forked_child_counts_in_the_same_windows(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_what_a_killed_process_let_in_still_counts(tmp_path: Path) -> None:
-    storage = SQLiteWindowStorage(path=tmp_path / "windows.db", clock=StandingClock())
+    storage = SQLiteWindowStorage(path=tmp_path / "windows.db", clock=FakeClock())
     child = os.fork()
     if child == 0:
         try:
@@ -382,7 +382,7 @@ async def test_errors_are_wrapped_where_limits_is_asked_to(tmp_path: Path) -> No
             await storage.incr("a", 60)
 
 
-async def test_a_full_disk_refuses_and_a_freed_one_goes_on(tmp_path: Path, clock: StandingClock) -> None:
+async def test_a_full_disk_refuses_and_a_freed_one_goes_on(tmp_path: Path, clock: FakeClock) -> None:
     async with SQLiteWindowStorage(path=tmp_path / "windows.db", clock=clock) as storage:
         assert await admitted(storage, requests(3))
         blocker = sqlite3.connect(storage.path, isolation_level=None)
@@ -408,7 +408,7 @@ async def test_a_lock_held_by_another_process_is_waited_for_and_then_refused(tmp
 
 
 @pytest.mark.parametrize("damage", ["header", "pages"])
-async def test_a_damaged_file_is_replaced_by_an_empty_one(tmp_path: Path, clock: StandingClock, damage: str) -> None:
+async def test_a_damaged_file_is_replaced_by_an_empty_one(tmp_path: Path, clock: FakeClock, damage: str) -> None:
     path = tmp_path / "windows.db"
     async with SQLiteWindowStorage(path=path, clock=clock) as storage:
         for number in range(200):

@@ -84,11 +84,19 @@ class Door:
         if self._authorize_admin is None:
             return None
         try:
-            return await self.admin(connection)
+            return await self._admin_of(connection)
         except (AuthenticationError, PermissionDenied, HTTPException):
             return None
 
     async def admin(self, connection: HTTPConnection) -> Admin:
+        """As `_admin_of`, and an address that keeps failing is slowed."""
+        try:
+            return await self._admin_of(connection)
+        except PermissionDenied:
+            await self._slow_down(connection)
+            raise
+
+    async def _admin_of(self, connection: HTTPConnection) -> Admin:
         """Raises `NotFound` where the host has no admins, `PermissionDenied` for everybody else. A data key is never an admin key."""
         if self._authorize_admin is None:
             raise NotFound("there is no such route")

@@ -1,1 +1,35 @@
-"""For tests of hosts and of whoever writes a provider or a store: contract suites, scripted providers, a clock that stands still."""
+"""For tests of hosts and of whoever writes a provider or a store: contract suites, scripted providers, a clock that stands still.
+
+A contract suite is a class whose tests take the store from a fixture that a subclass provides (each says which), so that a store of
+your own is held to what the gateway relies on. It needs pytest with anyio's plugin: mark the subclass with `pytest.mark.anyio`.
+"""
+
+from .cache import ResponseCacheContract, SharedResponseCacheContract
+from .clock import FakeClock
+from .keys import KeyStoreContract
+from .ledger import LedgerContract
+from .prices import PriceStoreContract
+from .prompts import PromptStoreContract
+from .providers import After, Die, Hang, Say, ScriptedProvider
+from .tenants import TenantStoreContract
+from .transport import TransportContract
+from .windows import LimitsContract, WindowsContract
+
+__all__ = [
+    "After",
+    "Die",
+    "FakeClock",
+    "Hang",
+    "KeyStoreContract",
+    "LedgerContract",
+    "LimitsContract",
+    "PriceStoreContract",
+    "PromptStoreContract",
+    "ResponseCacheContract",
+    "Say",
+    "ScriptedProvider",
+    "SharedResponseCacheContract",
+    "TenantStoreContract",
+    "TransportContract",
+    "WindowsContract",
+]

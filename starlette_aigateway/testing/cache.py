@@ -3,19 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from typing import Protocol
 
 import anyio
 
 from ..protocols import ResponseCache
-
-
-class MovableClock(Protocol):
-    """A clock that the tests move: Unix seconds when called."""
-
-    def __call__(self) -> float: ...
-
-    def advance(self, seconds: float) -> None: ...
+from .clock import FakeClock
 
 
 def key(name: str) -> str:
@@ -24,7 +16,7 @@ def key(name: str) -> str:
 
 
 class ResponseCacheContract:
-    """Fixtures: `cache`, an empty cache that reads `clock`; `clock`, a `MovableClock`. Mark the subclass with `pytest.mark.anyio`."""
+    """Fixtures: `cache`, an empty cache that reads `clock`; `clock`, a `FakeClock`. Mark the subclass with `pytest.mark.anyio`."""
 
     async def test_what_was_put_is_what_is_got(self, cache: ResponseCache) -> None:
         await cache.put(key("a"), b"answer", 60)
@@ -53,14 +45,14 @@ class ResponseCacheContract:
         await cache.put(key("a"), b"second", 60)
         assert await cache.get(key("a")) == b"second"
 
-    async def test_an_entry_is_gone_when_its_time_is_over(self, cache: ResponseCache, clock: MovableClock) -> None:
+    async def test_an_entry_is_gone_when_its_time_is_over(self, cache: ResponseCache, clock: FakeClock) -> None:
         await cache.put(key("a"), b"answer", 60)
         clock.advance(59.5)
         assert await cache.get(key("a")) == b"answer"
         clock.advance(0.5)
         assert await cache.get(key("a")) is None
 
-    async def test_a_new_put_begins_a_new_time(self, cache: ResponseCache, clock: MovableClock) -> None:
+    async def test_a_new_put_begins_a_new_time(self, cache: ResponseCache, clock: FakeClock) -> None:
         await cache.put(key("a"), b"answer", 60)
         clock.advance(50)
         await cache.put(key("a"), b"answer", 60)
@@ -130,7 +122,7 @@ class SharedResponseCacheContract:
             assert await cache.get(key(name)) is None
             assert await other.get(key(name)) is None
 
-    async def test_time_is_over_in_every_worker(self, cache: ResponseCache, other: ResponseCache, clock: MovableClock) -> None:
+    async def test_time_is_over_in_every_worker(self, cache: ResponseCache, other: ResponseCache, clock: FakeClock) -> None:
         await cache.put(key("a"), b"answer", 60)
         await self.written(cache)
         assert await other.get(key("a")) == b"answer"

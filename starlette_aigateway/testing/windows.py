@@ -1,6 +1,6 @@
 """What a storage of sliding windows promises (`limiter.SharedWindows`, on top of a storage of `limits`).
 
-Subclass it in your tests and give it two fixtures: `clock`, a `StandingClock`, and `storage`, an empty storage that reads its time from
+Subclass it in your tests and give it two fixtures: `clock`, a `FakeClock`, and `storage`, an empty storage that reads its time from
 that clock (for `SharedWindows` itself, the attribute `clock=` of its constructor as a rule).
 """
 
@@ -16,24 +16,9 @@ from limits.aio.strategies import FixedWindowRateLimiter, MovingWindowRateLimite
 
 from ..limiter import SharedWindows
 from ..policy.windows import Refusal, WindowClaim, WindowState
-
-START = 1_700_000_040.0
-"""Begins a minute, so that buckets begin here."""
+from .clock import FakeClock
 
 MICROSECOND = 0.000001
-
-
-class StandingClock:
-    """Unix seconds that move only when told."""
-
-    def __init__(self, now: float = START) -> None:
-        self.now = now
-
-    def __call__(self) -> float:
-        return self.now
-
-    def advance(self, seconds: float) -> None:
-        self.now = round(self.now + seconds, 6)
 
 
 def requests(limit: int, *, scope: str = "principal:a", amount: int = 1, seconds: int = 60) -> WindowClaim:
@@ -62,7 +47,7 @@ async def remaining(storage: SharedWindows, *claims: WindowClaim) -> Sequence[in
 class WindowsContract:
     """`acquire_all`, `peek` and `adjust`."""
 
-    async def test_lets_in_as_many_as_the_limit_and_no_more(self, storage: SharedWindows, clock: StandingClock) -> None:
+    async def test_lets_in_as_many_as_the_limit_and_no_more(self, storage: SharedWindows, clock: FakeClock) -> None:
         for left in (2, 1, 0):
             states = await storage.acquire_all([requests(3)])
             assert not isinstance(states, Refusal)
@@ -70,34 +55,34 @@ class WindowsContract:
             clock.advance(1)
         assert not await admitted(storage, requests(3))
 
-    async def test_a_slot_is_free_exactly_one_window_after_it_was_taken(self, storage: SharedWindows, clock: StandingClock) -> None:
+    async def test_a_slot_is_free_exactly_one_window_after_it_was_taken(self, storage: SharedWindows, clock: FakeClock) -> None:
         assert await admitted(storage, requests(1))
         clock.advance(60 - MICROSECOND)
         assert not await admitted(storage, requests(1))
         clock.advance(MICROSECOND)
         assert await admitted(storage, requests(1))
 
-    async def test_the_wait_of_requests_is_true_to_the_microsecond(self, storage: SharedWindows, clock: StandingClock) -> None:
+    async def test_the_wait_of_requests_is_true_to_the_microsecond(self, storage: SharedWindows, clock: FakeClock) -> None:
         for pause in (7, 11.25, 3):
             assert await admitted(storage, requests(3))
             clock.advance(pause)
         for amount in (1, 2, 3):
             await _check_wait(storage, clock, requests(3, amount=amount))
 
-    async def test_the_wait_of_tokens_is_true_to_the_microsecond(self, storage: SharedWindows, clock: StandingClock) -> None:
+    async def test_the_wait_of_tokens_is_true_to_the_microsecond(self, storage: SharedWindows, clock: FakeClock) -> None:
         assert await admitted(storage, tokens(1000, 700))
         clock.advance(20)
         await _check_wait(storage, clock, tokens(1000, 301))
         await _check_wait(storage, clock, tokens(1000, 800))
 
-    async def test_a_refusal_takes_nothing_in_any_window(self, storage: SharedWindows, clock: StandingClock) -> None:
+    async def test_a_refusal_takes_nothing_in_any_window(self, storage: SharedWindows, clock: FakeClock) -> None:
         assert await admitted(storage, requests(1, scope="gateway"))
         before = await remaining(storage, requests(5), tokens(100, 0), requests(1, scope="gateway"))
         for _ in range(3):
             await refused(storage, requests(5), tokens(100, 10), requests(1, scope="gateway"))
         assert await remaining(storage, requests(5), tokens(100, 0), requests(1, scope="gateway")) == before == [5, 100, 0]
 
-    async def test_a_set_waits_for_its_slowest_window(self, storage: SharedWindows, clock: StandingClock) -> None:
+    async def test_a_set_waits_for_its_slowest_window(self, storage: SharedWindows, clock: FakeClock) -> None:
         assert await admitted(storage, requests(1, scope="tenant:t"))
         clock.advance(25)
         assert await admitted(storage, requests(1))
@@ -106,11 +91,11 @@ class WindowsContract:
         assert refusal.wait == 60
         await _check_wait(storage, clock, requests(1, scope="tenant:t"), requests(1))
 
-    async def test_a_claim_above_its_limit_would_wait_for_ever(self, storage: SharedWindows, clock: StandingClock) -> None:
+    async def test_a_claim_above_its_limit_would_wait_for_ever(self, storage: SharedWindows, clock: FakeClock) -> None:
         assert (await refused(storage, requests(2, amount=3))).wait is None
         assert (await refused(storage, tokens(10, 11))).wait is None
 
-    async def test_a_lowered_limit_counts_what_was_used(self, storage: SharedWindows, clock: StandingClock) -> None:
+    async def test_a_lowered_limit_counts_what_was_used(self, storage: SharedWindows, clock: FakeClock) -> None:
         for _ in range(5):
             assert await admitted(storage, requests(5))
             clock.advance(1)
@@ -119,7 +104,7 @@ class WindowsContract:
         assert refusal.states[0].remaining == 0
         await _check_wait(storage, clock, requests(2))
 
-    async def test_a_raised_limit_counts_what_was_used(self, storage: SharedWindows, clock: StandingClock) -> None:
+    async def test_a_raised_limit_counts_what_was_used(self, storage: SharedWindows, clock: FakeClock) -> None:
         for _ in range(2):
             assert await admitted(storage, requests(2))
         assert not await admitted(storage, requests(2))
@@ -127,13 +112,13 @@ class WindowsContract:
             assert await admitted(storage, requests(5))
         assert not await admitted(storage, requests(5))
 
-    async def test_scopes_kinds_and_lengths_are_windows_of_their_own(self, storage: SharedWindows, clock: StandingClock) -> None:
+    async def test_scopes_kinds_and_lengths_are_windows_of_their_own(self, storage: SharedWindows, clock: FakeClock) -> None:
         assert await admitted(storage, requests(1))
         assert await admitted(storage, requests(1, scope="principal:b"))
         assert await admitted(storage, requests(1, seconds=30))
         assert await admitted(storage, tokens(1, 1))
 
-    async def test_reset_after_is_when_the_window_is_unused_again(self, storage: SharedWindows, clock: StandingClock) -> None:
+    async def test_reset_after_is_when_the_window_is_unused_again(self, storage: SharedWindows, clock: FakeClock) -> None:
         assert [state.reset_after for state in await storage.peek([requests(3), tokens(100, 0)])] == [0, 0]
         assert await admitted(storage, requests(3), tokens(100, 50))
         clock.advance(10)
@@ -144,28 +129,28 @@ class WindowsContract:
         assert await remaining(storage, requests(3), tokens(100, 0)) == [3, 100]
         assert [state.reset_after for state in await storage.peek([requests(3), tokens(100, 0)])] == [0, 0]
 
-    async def test_peeking_takes_nothing(self, storage: SharedWindows, clock: StandingClock) -> None:
+    async def test_peeking_takes_nothing(self, storage: SharedWindows, clock: FakeClock) -> None:
         for _ in range(3):
             assert await remaining(storage, requests(1), tokens(10, 10)) == [1, 10]
         assert await admitted(storage, requests(1), tokens(10, 10))
 
-    async def test_tokens_that_were_not_used_are_given_back(self, storage: SharedWindows, clock: StandingClock) -> None:
+    async def test_tokens_that_were_not_used_are_given_back(self, storage: SharedWindows, clock: FakeClock) -> None:
         assert await admitted(storage, tokens(100, 90))
         await storage.adjust([(tokens(100, 90), -60)])
         assert await remaining(storage, tokens(100, 0)) == [70]
 
-    async def test_tokens_above_the_estimate_are_charged_beyond_the_limit(self, storage: SharedWindows, clock: StandingClock) -> None:
+    async def test_tokens_above_the_estimate_are_charged_beyond_the_limit(self, storage: SharedWindows, clock: FakeClock) -> None:
         assert await admitted(storage, tokens(100, 90))
         await storage.adjust([(tokens(100, 90), 60)])
         assert await remaining(storage, tokens(200, 0)) == [50]
         assert not await admitted(storage, tokens(100, 1))
 
-    async def test_nothing_is_corrected_below_zero(self, storage: SharedWindows, clock: StandingClock) -> None:
+    async def test_nothing_is_corrected_below_zero(self, storage: SharedWindows, clock: FakeClock) -> None:
         assert await admitted(storage, tokens(100, 10))
         await storage.adjust([(tokens(100, 10), -50)])
         assert await remaining(storage, tokens(100, 0)) == [100]
 
-    async def test_a_late_correction_reaches_the_bucket_that_was_charged(self, storage: SharedWindows, clock: StandingClock) -> None:
+    async def test_a_late_correction_reaches_the_bucket_that_was_charged(self, storage: SharedWindows, clock: FakeClock) -> None:
         charged_at = clock()
         assert await admitted(storage, tokens(100, 80))
         clock.advance(60)
@@ -176,7 +161,7 @@ class WindowsContract:
         await storage.adjust([(tokens(100, 80), -20)], charged_at=charged_at)
         assert await remaining(storage, tokens(100, 0)) == [90], "what has left the windows cannot be given back"
 
-    async def test_a_clock_that_steps_back_neither_opens_nor_bars_a_window(self, storage: SharedWindows, clock: StandingClock) -> None:
+    async def test_a_clock_that_steps_back_neither_opens_nor_bars_a_window(self, storage: SharedWindows, clock: FakeClock) -> None:
         assert await admitted(storage, requests(1), tokens(10, 10))
         clock.advance(-100_000)
         assert not await admitted(storage, requests(1))
@@ -188,7 +173,7 @@ class WindowsContract:
         clock.advance(60)
         assert await admitted(storage, tokens(10, 10))
 
-    async def test_tasks_at_once_share_a_window_exactly(self, storage: SharedWindows, clock: StandingClock) -> None:
+    async def test_tasks_at_once_share_a_window_exactly(self, storage: SharedWindows, clock: FakeClock) -> None:
         let_in: list[int] = []
 
         async def call(number: int) -> None:
@@ -205,7 +190,7 @@ class WindowsContract:
 class LimitsContract:
     """The verbs of `limits`, through its own strategies. `storage` also has to give its time from `clock`."""
 
-    async def test_the_moving_window_of_limits_works_over_it(self, storage: Storage, clock: StandingClock) -> None:
+    async def test_the_moving_window_of_limits_works_over_it(self, storage: Storage, clock: FakeClock) -> None:
         strategy, item = MovingWindowRateLimiter(storage), RateLimitItemPerMinute(2)
         assert await strategy.test(item, "a")
         assert await strategy.hit(item, "a")
@@ -220,7 +205,7 @@ class LimitsContract:
         await strategy.clear(item, "a")
         assert (await strategy.get_window_stats(item, "a")).remaining == 2
 
-    async def test_the_sliding_window_counter_of_limits_works_over_it(self, storage: Storage, clock: StandingClock) -> None:
+    async def test_the_sliding_window_counter_of_limits_works_over_it(self, storage: Storage, clock: FakeClock) -> None:
         strategy, item = SlidingWindowCounterRateLimiter(storage), RateLimitItemPerMinute(100)
         assert await strategy.hit(item, "a", cost=80)
         assert not await strategy.hit(item, "a", cost=21)
@@ -231,7 +216,7 @@ class LimitsContract:
         await strategy.clear(item, "a")
         assert (await strategy.get_window_stats(item, "a")).remaining == 100
 
-    async def test_the_fixed_window_of_limits_works_over_it(self, storage: Storage, clock: StandingClock) -> None:
+    async def test_the_fixed_window_of_limits_works_over_it(self, storage: Storage, clock: FakeClock) -> None:
         strategy, item = FixedWindowRateLimiter(storage), RateLimitItemPerMinute(3)
         assert await strategy.hit(item, "a", cost=3)
         assert not await strategy.hit(item, "a")
@@ -241,7 +226,7 @@ class LimitsContract:
         await strategy.clear(item, "a")
         assert await strategy.test(item, "a", cost=3)
 
-    async def test_reset_forgets_everything(self, storage: Any, clock: StandingClock) -> None:
+    async def test_reset_forgets_everything(self, storage: Any, clock: FakeClock) -> None:
         await storage.incr("fixed", 60)
         await storage.acquire_entry("moving", 1, 60)
         await storage.acquire_sliding_window_entry("sliding", 1, 60)
@@ -252,7 +237,7 @@ class LimitsContract:
         assert await storage.acquire_sliding_window_entry("sliding", 1, 60)
 
 
-async def _check_wait(storage: SharedWindows, clock: StandingClock, *claims: WindowClaim) -> None:
+async def _check_wait(storage: SharedWindows, clock: FakeClock, *claims: WindowClaim) -> None:
     """Lets the set in, after exactly the wait that it was told."""
     wait = (await refused(storage, *claims)).wait
     assert wait is not None
