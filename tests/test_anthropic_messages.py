@@ -654,6 +654,7 @@ def test_the_last_event_may_lack_its_blank_line_and_a_cut_one_is_dropped() -> No
     [
         (event("error", error={"type": "overloaded_error", "message": "secret"}), {"type": "overloaded_error"}),
         (b'data: {"type": "error", "error": {"type": "api_error", "message": "secret"}}\n\n', {"type": "api_error"}),
+        (b'event: error\ndata: {"type": "later", "error": {"type": "api_error", "message": "secret"}}\n\n', {"type": "api_error"}),
         (b"event: error\ndata: secret\n\n", None),
         (b"data: secret\n\n", None),
         (b'data: {"no": "type"}\n\n', None),
@@ -662,7 +663,7 @@ def test_the_last_event_may_lack_its_blank_line_and_a_cut_one_is_dropped() -> No
         (event("message_start", official_too=False, message=5), None),
         (b"data: " + b"x" * (sse.MAX_EVENT_BYTES + 1), None),
     ],
-    ids=range(9),
+    ids=range(10),
 )
 def test_errors_and_garbage_are_errors_of_the_provider_after_what_was_said(bad: bytes, details: Any) -> None:
     reader = anthropic_messages.EventReader()

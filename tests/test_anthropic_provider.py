@@ -11,11 +11,24 @@ from typing import Any
 
 import anthropic.types as official
 import anyio
+import openai
 import pytest
 from anthropic.types.shared import ErrorResponse
+from anyio.from_thread import start_blocking_portal
 from pydantic import TypeAdapter
+from starlette.applications import Starlette
 
-from starlette_aigateway import AIGateway, CostUnbounded, Price, Principal, ProviderError, ProviderRejected, ProviderTimeout, RetryPolicy
+from starlette_aigateway import (
+    AIGateway,
+    AIGatewayMiddleware,
+    CostUnbounded,
+    Price,
+    Principal,
+    ProviderError,
+    ProviderRejected,
+    ProviderTimeout,
+    RetryPolicy,
+)
 from starlette_aigateway.errors import InvalidArgument
 from starlette_aigateway.protocols import Adapter
 from starlette_aigateway.providers import AnthropicProvider
@@ -24,6 +37,8 @@ from starlette_aigateway.testing.providers import ScriptedProvider
 from starlette_aigateway.testing.transport import PATIENCE, Exchange, Handler, RawServer, raw_server
 from starlette_aigateway.types import Chunk, Completion, CompletionRequest, ProviderCall, StreamItem, Usage
 from starlette_aigateway.wires import sse
+
+from .serving import serve
 
 pytestmark = [
     pytest.mark.anyio,
@@ -41,7 +56,8 @@ COST = Decimal(10 * 3 * 1000 + 100 * 300 + 20 * 3750 + 7 * 15 * 1000) / 10**9
 
 @dataclass
 class FakeAnthropic:
-    """Answers as the Messages API does: whole, or as a stream where the body asks for one. `fails` are statuses that come first."""
+    """Answers as the Messages API does: whole, or as a stream where the body asks for one; offered tools, it uses the first of them.
+    `fails` are statuses that come first."""
 
     words: Sequence[str] = ("Hel", "lo")
     fails: list[int] = field(default_factory=list)
@@ -54,28 +70,30 @@ class FakeAnthropic:
             await exchange.answer(error_body(), status=f"{self.fails.pop(0)} X")
         elif body.get("stream"):
             await exchange.start_chunked()
-            for event in self.events(body["model"]):
+            for event in self.events(body["model"], body.get("tools", ())):
                 await exchange.chunk(event)
             await exchange.stream.send(b"0\r\n\r\n")
         else:
-            await exchange.answer(self.message(body["model"]))
+            await exchange.answer(self.message(body["model"], body.get("tools", ())))
 
-    def message(self, model: str) -> bytes:
+    def message(self, model: str, tools: Sequence[Any] = ()) -> bytes:
+        uses = [{"type": "tool_use", "id": "t1", "name": tool["name"], "input": {"city": "Bern"}} for tool in tools[:1]]
         body = {
             "id": "msg_1",
             "type": "message",
             "role": "assistant",
             "model": model,
-            "content": [{"type": "text", "text": "".join(self.words)}],
-            "stop_reason": "end_turn",
+            "content": [{"type": "text", "text": "".join(self.words)}, *uses],
+            "stop_reason": "tool_use" if uses else "end_turn",
             "stop_sequence": None,
             "usage": {"input_tokens": 10, "output_tokens": 7, "cache_creation_input_tokens": 20, "cache_read_input_tokens": 100},
         }
         official.Message.model_validate(body)
         return json.dumps(body).encode()
 
-    def events(self, model: str) -> Sequence[bytes]:
-        start = json.loads(self.message(model))
+    def events(self, model: str, tools: Sequence[Any] = ()) -> Sequence[bytes]:
+        start = json.loads(self.message(model, tools))
+        stop_reason, uses = start["stop_reason"], start["content"][1:]
         start |= {"content": [], "stop_reason": None, "usage": {**start["usage"], "output_tokens": 1}}
         return [
             event("message_start", message=start),
@@ -83,7 +101,14 @@ class FakeAnthropic:
             event("ping"),
             *(event("content_block_delta", index=0, delta={"type": "text_delta", "text": word}) for word in self.words),
             event("content_block_stop", index=0),
-            event("message_delta", delta={"stop_reason": "end_turn", "stop_sequence": None}, usage={"output_tokens": 7}),
+            *(event("content_block_start", index=1, content_block={**use, "input": {}}) for use in uses),
+            *(
+                event("content_block_delta", index=1, delta={"type": "input_json_delta", "partial_json": piece})
+                for _ in uses
+                for piece in ("", '{"city": ', '"Bern"}')
+            ),
+            *(event("content_block_stop", index=1) for _ in uses),
+            event("message_delta", delta={"stop_reason": stop_reason, "stop_sequence": None}, usage={"output_tokens": 7}),
             event("message_stop"),
         ]
 
@@ -472,3 +497,31 @@ async def test_writes_to_the_cache_have_no_bound_for_an_account_with_a_cap_unles
             await gateway.complete(Principal("free"), request)
         await gateway.complete(CAPPED, ask(params=mark))
     assert fake.seen[-1]["cache_control"] == {"type": "ephemeral"}
+
+
+def test_the_official_openai_client_talks_to_claude_with_tools_whole_and_streamed() -> None:
+    fake = FakeAnthropic()
+    tools: Any = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}]
+    turns: Any = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "weather?"}]
+    with start_blocking_portal() as portal, portal.wrap_async_context_manager(raw_server(fake)) as server:
+        gateway = AIGateway.in_memory(providers=[AnthropicProvider(KEY, server.url)], prices={MODEL: PRICE}, resolve_principal=everybody)
+        app = AIGatewayMiddleware(Starlette(), gateway, path="/ai")
+        with serve(app) as base, openai.OpenAI(api_key="login", base_url=f"{base}/ai/v1", max_retries=0) as client:
+            whole = client.chat.completions.create(model=MODEL, messages=turns, tools=tools).choices[0]
+            assert (whole.finish_reason, whole.message.content) == ("tool_calls", "Hello")
+            turns += [whole.message, {"role": "tool", "tool_call_id": "t1", "content": "sunny"}]
+            with client.chat.completions.stream(model=MODEL, messages=turns, tools=tools, stream_options={"include_usage": True}) as events:
+                streamed = events.get_final_completion()
+    final = streamed.choices[0]
+    assert final.message.tool_calls is not None
+    assert (final.finish_reason, final.message.content) == ("tool_calls", "Hello")
+    assert (final.message.tool_calls[0].id, final.message.tool_calls[0].function.arguments) == ("t1", '{"city": "Bern"}')
+    assert streamed.usage is not None
+    assert (streamed.usage.prompt_tokens, streamed.usage.completion_tokens) == (USED.input_tokens, USED.output_tokens)
+    assert fake.seen[1]["system"] == "be brief"
+    assert [turn["role"] for turn in fake.seen[1]["messages"]] == ["user", "assistant", "user"]
+    assert fake.seen[1]["messages"][1]["content"][1] == {"type": "tool_use", "id": "t1", "name": "weather", "input": {"city": "Bern"}}
+
+
+async def everybody(connection: Any) -> Principal:
+    return CAPPED
