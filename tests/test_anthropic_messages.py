@@ -260,6 +260,7 @@ def test_a_tool_may_be_strict_cached_and_without_parameters() -> None:
         ({"web_search_options": {}}, "web_search_options"),
         ({"functions": [{"name": "f"}]}, "functions"),
         ({"no such": 1}, "params"),
+        ({"x" * 65: 1}, "params"),
         ({"stop": [" "]}, "stop"),
         ({"stop": 5}, "stop"),
         ({"user": 5}, "user"),

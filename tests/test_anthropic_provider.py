@@ -341,6 +341,8 @@ def test_anthropics_own_address_serves_claude_and_another_one_every_name() -> No
     assert provider.serves("claude-sonnet-4-5")
     assert not any(provider.serves(name) for name in ("gpt-4o", "claude", "my-claude-3", "o3"))
     assert AnthropicProvider(base_url="http://localhost:8080").serves("llama3")
+    listed = AnthropicProvider(KEY, models=["a"])
+    assert (listed.serves("a"), listed.serves("claude-x")) == (True, False)
     mapped = adapt(AnthropicProvider(KEY, models={"smart": "claude-x"}))
     assert (mapped.serves("smart"), mapped.serves("claude-x")) == ("claude-x", None)
 

@@ -18,6 +18,7 @@ DEFAULT_MAX_TOKENS = 4096
 """The API requires a bound; this one where nobody gives any. It is also what the gateway then holds money for."""
 
 MAX_TEMPERATURE = 1
+MAX_NAME = 64  # what is longer is not repeated in an error
 EFFORTS = ("low", "medium", "high", "xhigh", "max")
 
 AS_IT_IS = ("top_p", "top_k", "thinking")
@@ -90,7 +91,9 @@ def _check(request: CompletionRequest, params: Mapping[str, Any]) -> None:
         raise refusal("temperature", f"must be at most {MAX_TEMPERATURE} for a Claude model")
     for name, value in params.items():
         if name not in CARRIED and value not in WITHOUT_EFFECT.get(name, ()):
-            raise refusal(name if name.isidentifier() else "params", "is not supported for a Claude model; leave it out")
+            raise refusal(
+                name if name.isidentifier() and len(name) <= MAX_NAME else "params", "is not supported for a Claude model; leave it out"
+            )
 
 
 def _stop(params: Mapping[str, Any]) -> dict[str, Any]:
