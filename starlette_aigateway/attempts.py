@@ -21,7 +21,7 @@ from .calls import Call, Done, Offer, PricedTarget
 from .errors import AIGatewayError, NoProviderAvailable, ProviderError, ProviderTimeout, SpendCapExceeded, StorageUnavailable
 from .events import AttemptFailed, CallRecorded, Event
 from .policy import estimate, keys, metering
-from .policy.routing import Circuit, Failure, GiveUp, RetryPolicy, Target, ails, next_step
+from .policy.routing import Circuit, Failure, GiveUp, RetryPolicy, Target, Try, ails, next_step
 from .protocols import Clock, Ledger, ProviderAnswer
 from .streams import DRAIN_BYTES, Meter, Relay
 from .types import Chunk, Completion, ProviderCall, Timeouts, Usage
@@ -49,7 +49,7 @@ class Attempt:
         self.meter: Meter | None = None
         self._timeouts = timeouts
         self._timeout = timeout = _attempt_timeout(call, priced, timeouts)
-        self._begun = self._heard = monotonic()
+        self._begun = monotonic()
         self._scope = anyio.CancelScope(deadline=anyio.current_time() + timeout)
 
     @property
@@ -103,12 +103,9 @@ class Attempt:
         if self._scope.cancelled_caught:
             raise ProviderTimeout(f"{self.priced.target.provider} did not answer within {self._timeout:g} seconds", billed="unknown")
 
-    def heard(self) -> None:
+    def heard(self, now: float) -> None:
         """The provider sent something: its next silence may last as long again, within the call's own deadline."""
-        now = monotonic()
-        if now - self._heard > 1:
-            self._heard = now
-            self._scope.deadline = anyio.current_time() + min(self._timeout, self.call.deadline - now)
+        self._scope.deadline = anyio.current_time() + min(self._timeout, self.call.deadline - now)
 
     def settlement(self, usage: Usage | None, output_bytes: Callable[[], int], model: str | None) -> Settlement:
         """For an answer that came whole, with the `usage` that was reported, if one was."""
@@ -123,25 +120,42 @@ class Attempt:
         )
 
 
-class Lease:
-    """Keeps the hold of a running stream open: renewed when a third of it has passed."""
+class Pulse:
+    """Keeps a running stream alive: its lease, renewed when a third of it has passed, and the deadline of its silence. Looked at for
+    every chunk, so it does something once a second at the most."""
 
-    def __init__(self, ledger: Ledger, clock: Clock, hold: Hold, length: float) -> None:
+    def __init__(self, ledger: Ledger, clock: Clock, attempt: Attempt, length: float) -> None:
         self._ledger = ledger
         self._clock = clock
-        self._hold = hold
-        self.length = length
-        self._renewed = monotonic()
+        self._attempt = attempt
+        self._length = length
+        self.interval = min(1.0, length / 3)
+        self._beat = self._renewed = monotonic()
 
-    async def keep(self) -> None:
-        if monotonic() - self._renewed < self.length / 3:
-            return
-        self._renewed = monotonic()
+    @property
+    def due(self) -> bool:
+        return monotonic() - self._beat >= self.interval
+
+    async def beat(self) -> None:
+        self._beat = now = monotonic()
+        self._attempt.heard(now)
+        if now - self._renewed >= self._length / 3:
+            self._renewed = now
+            await self._renew()
+
+    async def _renew(self) -> None:
         now = self._clock()
         try:
-            await self._ledger.renew(self._hold.id, now + self.length, now=now)
+            await self._ledger.renew(self._attempt.hold.id, now + self._length, now=now)
         except StorageUnavailable:
             log.warning("the lease of a running stream could not be renewed; it is tried again")
+
+    async def wait_for(self, relay: Relay) -> None:
+        """Until a slow reader has taken something, or has left: that is no silence of the provider's."""
+        while relay.channel.full and not relay.left:
+            with anyio.move_on_after(max(self.interval, 0.01)):
+                await relay.channel.room()
+            await self.beat()
 
 
 class Attempts:
@@ -179,16 +193,17 @@ class Attempts:
     async def stream(self, call: Call, offer: Offer, job: Job[Done], relay: Relay) -> Done:
         async def run(attempt: Attempt) -> Done:
             meter = attempt.meter = relay.begin(attempt.priced.target.provider, attempt.lowered_to)
-            lease = Lease(self._ledger, self._clock, attempt.hold, _lease(call, attempt.priced, self._timeouts))
+            pulse = Pulse(self._ledger, self._clock, attempt, _lease(call, attempt.priced, self._timeouts))
             async with attempt.answer() as answer:
                 async for item in answer.events():
-                    meter.see(item)
-                    attempt.heard()
-                    await lease.keep()
-                    read = await relay.pass_on(item, lease.keep, lease.length / 3)
-                    if not read and meter.received > DRAIN_BYTES:
+                    relay.pass_on(item, meter.see(item))
+                    if pulse.due:
+                        await pulse.beat()
+                    if relay.channel.full:
+                        await pulse.wait_for(relay)
+                    if relay.drained > DRAIN_BYTES:
                         raise ReaderLeft
-            await relay.flush()
+            relay.flush()
             settlement = attempt.settlement(meter.usage, meter.output_bytes, meter.model)
             record = await self._settle(job, attempt, settlement)
             return _done(attempt, settlement, record, None)
@@ -201,46 +216,53 @@ class Attempts:
     async def _first_success(
         self, call: Call, offer: Offer, job: Job[Done], run: Callable[[Attempt], Awaitable[Done]], relay: Relay | None = None
     ) -> Done:
-        plan = replace(call.plan, targets=offer.plan)
         failures: list[Failure] = []
         unresolved: Hold | None = None
         while True:
-            step = next_step(plan, failures, now=monotonic(), deadline=call.deadline, policy=self._retries, opens_at=self._opens_at)
-            if unresolved is not None and (isinstance(step, GiveUp) or step.delay > 0):
-                await self._release(job, unresolved)
-                unresolved = None
-            if isinstance(step, GiveUp):
-                raise _exhausted(step.error)
-            if step.delay > 0:
-                await anyio.sleep(step.delay)
-            try:
-                attempt = await self._begin(call, offer, job, step.target, failures, unresolved)
-            except StorageUnavailable:
-                if unresolved is not None:
-                    await self._release(job, unresolved)
-                raise
+            attempt = await self._next(call, offer, job, failures, unresolved)
+            target = attempt.priced.target
             try:
                 result = await run(attempt)
             except ProviderError as error:
-                failures.append(Failure(step.target, error, monotonic()))
                 unresolved = await self._failed(job, attempt, error)
+                failures.append(Failure(target, error, monotonic()))
                 if relay is not None and relay.committed:
-                    if unresolved is not None:
-                        await self._release(job, unresolved)
+                    await self._give_back(job, unresolved)
                     raise
             except BaseException as error:
-                await self._settle(
-                    job,
-                    attempt,
-                    metering.abandoned(attempt.hold, attempt.priced.price, received=attempt.received, latency_ms=attempt.latency_ms),
-                )
+                await self._abandoned(job, attempt)
                 if isinstance(error, ReaderLeft):
                     raise shut_down() from None
                 raise
             else:
-                if circuit := self._circuits.get(step.target):
+                if circuit := self._circuits.get(target):
                     circuit.succeeded()
                 return result
+
+    async def _next(self, call: Call, offer: Offer, job: Job[Done], failures: Sequence[Failure], unresolved: Hold | None) -> Attempt:
+        """The next attempt. The hold of a failed one that charged nothing is released in the same transaction where the next follows at
+        once, and before anything else otherwise. Raises the last error when nothing is left to try."""
+        plan = replace(call.plan, targets=offer.plan)
+        step = next_step(plan, failures, now=monotonic(), deadline=call.deadline, policy=self._retries, opens_at=self._opens_at)
+        if isinstance(step, Try) and step.delay == 0:
+            try:
+                return await self._begin(call, offer, job, step.target, failures, unresolved)
+            except StorageUnavailable:
+                await self._give_back(job, unresolved)
+                raise
+        await self._give_back(job, unresolved)
+        if isinstance(step, GiveUp):
+            raise _exhausted(step.error)
+        await anyio.sleep(step.delay)
+        return await self._begin(call, offer, job, step.target, failures, None)
+
+    async def _give_back(self, job: Job[Done], hold: Hold | None) -> None:
+        if hold is not None:
+            await self._release(job, hold)
+
+    async def _abandoned(self, job: Job[Done], attempt: Attempt) -> None:
+        settlement = metering.abandoned(attempt.hold, attempt.priced.price, received=attempt.received, latency_ms=attempt.latency_ms)
+        await self._settle(job, attempt, settlement)
 
     async def _begin(
         self, call: Call, offer: Offer, job: Job[Done], target: Target, failures: Sequence[Failure], replaces: Hold | None

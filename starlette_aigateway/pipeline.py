@@ -133,12 +133,14 @@ class Pipeline:
             return done
 
         async with self._s.background.start(work, self._limit(call)) as job:
-            with relay.receiver:
+            try:
                 with self._telling(principal, request, request_id):
                     await relay.opened.wait()
                     if relay.closed:
                         await job.result()
                 yield LiveStream(job, relay, call)
+            finally:
+                relay.channel.leave()
 
     # -- what a principal may know ------------------------------------------------------------------------------------
 

@@ -7,17 +7,16 @@ bounds, so that the bill is exact; it only stops passing on.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
 from decimal import Decimal
 from typing import Self
 
 import anyio
-from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
 
 from . import money
 from .background import Job
 from .calls import Call, Done
+from .channel import Channel
 from .errors import AIGatewayError
 from .policy.windows import WindowState
 from .types import CacheStatus, Chunk, RawEvents, StreamItem, Usage
@@ -40,29 +39,28 @@ class Meter:
         self._room = keep
         self._unkept = 0
 
-    def see(self, item: StreamItem) -> None:
-        size = len(item.data) if isinstance(item, RawEvents) else len(item.native.body) if item.native else len(item.text)
+    def see(self, item: StreamItem) -> int:
+        """Takes note of `item`; gives its size in bytes."""
+        if isinstance(item, RawEvents):
+            size = len(item.data)
+        else:
+            size = len(item.native.body) if item.native is not None else len(item.text)
+            self.usage = item.usage or self.usage
+            self.finish_reason = item.finish_reason or self.finish_reason
+            self.model = item.model or self.model
         if size <= self._room:
             self._room -= size
             self.items.append(item)
         else:
             self.whole = False
             self._unkept += size
-        if isinstance(item, Chunk):
-            self.usage = item.usage or self.usage
-            self.finish_reason = item.finish_reason or self.finish_reason
-            self.model = item.model or self.model
         if not self.has_content:
             self.has_content = openai_chat.has_content(item)
+        return size
 
     def output_bytes(self) -> int:
         """UTF-8 bytes of the output that came; at least as many as its tokens."""
         return openai_chat.output_bytes(self.items) + self._unkept
-
-    @property
-    def received(self) -> int:
-        """Bytes that could not be kept: what a drain is bounded by."""
-        return self._unkept
 
 
 class Relay:
@@ -70,17 +68,15 @@ class Relay:
     still answer instead; `opened` is set then, or when the job ends without."""
 
     def __init__(self, keep: int) -> None:
-        sender, receiver = anyio.create_memory_object_stream[StreamItem](BUFFERED_ITEMS)
-        self._sender: MemoryObjectSendStream[StreamItem] = sender
-        self.receiver: MemoryObjectReceiveStream[StreamItem] = receiver
+        self.channel: Channel[StreamItem] = Channel(BUFFERED_ITEMS)
         self.opened = anyio.Event()
-        self.provider: str | None = None
+        self.closed = False
+        self.provider = ""
         self.lowered_to: int | None = None
         self.meter = Meter(keep)
+        self.drained = 0
         self._keep = keep
         self._withheld: list[StreamItem] = []
-        self._left = False
-        self.closed = False
 
     def begin(self, provider: str, lowered_to: int | None) -> Meter:
         """An attempt starts: what an earlier one had sent before its first content is forgotten."""
@@ -94,55 +90,33 @@ class Relay:
         """Content of this attempt has gone out: no other provider may answer any more."""
         return self.opened.is_set()
 
-    async def pass_on(self, item: StreamItem, alive: Callable[[], Awaitable[None]], interval: float) -> bool:
-        """Hands `item` to the reader; False once the reader has left. While the reader is slow, `alive` is awaited every `interval`
-        seconds."""
-        if self._left:
-            return False
-        if not self.opened.is_set():
-            self._withheld.append(item)
-            if not self.meter.has_content:
-                return True
-            self.opened.set()
-            withheld, self._withheld = self._withheld, []
-            for early in withheld:
-                await self._send(early, alive, interval)
+    @property
+    def left(self) -> bool:
+        """The reader has left; `drained` counts the bytes that came since."""
+        return self.channel.abandoned
+
+    def pass_on(self, item: StreamItem, size: int) -> None:
+        """Hands `item` to the reader, if there still is one."""
+        if self.left:
+            self.drained += size
+        elif self.opened.is_set():
+            self.channel.put(item)
         else:
-            await self._send(item, alive, interval)
-        return not self._left
+            self._withheld.append(item)
+            if self.meter.has_content:
+                self.flush()
+                self.opened.set()
 
-    async def _send(self, item: StreamItem, alive: Callable[[], Awaitable[None]], interval: float) -> None:
-        try:
-            self._sender.send_nowait(item)
-        except anyio.WouldBlock:
-            await self._send_patiently(item, alive, interval)
-        except anyio.BrokenResourceError:
-            self._left = True
-
-    async def _send_patiently(self, item: StreamItem, alive: Callable[[], Awaitable[None]], interval: float) -> None:
-        sent = False
-        while not sent and not self._left:
-            with anyio.move_on_after(interval):
-                try:
-                    await self._sender.send(item)
-                except anyio.BrokenResourceError:
-                    self._left = True
-                sent = True
-            await alive()
-
-    async def flush(self) -> None:
-        """The attempt ended well: also a stream without any content is passed on."""
+    def flush(self) -> None:
+        """What was withheld goes out: content has come, or the attempt has ended well without any."""
         for early in self._withheld:
-            await self._send(early, _nothing, 1.0)
+            self.channel.put(early)
         self._withheld = []
 
     def close(self) -> None:
-        self._sender.close()
+        self.channel.close()
         self.closed = True
         self.opened.set()
-
-
-async def _nothing() -> None: ...
 
 
 class AnswerStream:
@@ -189,23 +163,17 @@ class LiveStream(AnswerStream):
     """A stream that a provider is producing."""
 
     def __init__(self, job: Job[Done], relay: Relay, call: Call) -> None:
-        super().__init__(call, provider=relay.provider or "", cache="miss" if call.cache_key is not None else "bypass")
+        super().__init__(call, provider=relay.provider, cache="miss" if call.cache_key is not None else "bypass")
         self.lowered_to = relay.lowered_to
         self._job = job
         self._relay = relay
 
     async def next_item(self) -> StreamItem | None:
         """Raises `ProviderError` where the provider failed in mid-stream."""
-        receiver = self._relay.receiver
-        try:
-            return receiver.receive_nowait()
-        except anyio.WouldBlock:
-            with suppress(anyio.EndOfStream):
-                return await receiver.receive()
-        except anyio.EndOfStream:
-            pass
-        await self._end()
-        return None
+        item = await self._relay.channel.get()
+        if item is None:
+            await self._end()
+        return item
 
     async def _end(self) -> None:
         try:

@@ -208,7 +208,6 @@ async def test_a_reader_that_leaves_a_full_buffer_does_not_hold_the_bill_back(le
 
 async def test_a_drain_ends_at_its_bound_of_bytes(ledger: FaultyLedger, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("starlette_aigateway.attempts.DRAIN_BYTES", 100)
-    monkeypatch.setattr("starlette_aigateway.policy.caching.CachePolicy.__post_init__", lambda self: None)
     gateway = AIGateway.in_memory(providers=[Ticking(10_000)], prices=PRICES, ledger=ledger, timeouts=QUICK)
     async with gateway:
         async with gateway.stream(WHO, ask()) as stream:

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1] / PACKAGE
 # Layers from the ground up: rooms of one layer do not see each other, a room sees itself and every layer below.
 LAYERS: tuple[dict[str, set[str]], ...] = (
     {"ground": {"errors", "money", "types", "accounts", "events"}},
-    {"protocols": {"protocols"}},
+    {"protocols": {"protocols"}, "wakeup": {"wakeup"}},
     {"wires": {"wires"}},
     {"policy": {"policy"}},
     {
@@ -24,7 +24,8 @@ LAYERS: tuple[dict[str, set[str]], ...] = (
     },
     {
         "pipeline": {
-            "administration", "attempts", "background", "calls", "flights", "lifecycle", "observing", "pipeline", "replay", "streams",
+            "administration", "attempts", "background", "calls", "channel", "flights", "lifecycle", "observing", "pipeline", "replay",
+            "streams",
         }
     },
     {"http": {"http"}},

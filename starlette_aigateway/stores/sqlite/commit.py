@@ -23,7 +23,7 @@ from queue import SimpleQueue
 from typing import Generic, TypeVar
 
 from ...errors import AIGatewayError, StorageUnavailable
-from .wakeup import ring_all, wakeup
+from ...wakeup import ring_all, wakeup
 
 Op = TypeVar("Op")
 Result = TypeVar("Result")

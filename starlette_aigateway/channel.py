@@ -1,0 +1,70 @@
+"""A small buffer between one task that produces and one that consumes, in one event loop."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Generic, TypeVar
+
+from .wakeup import Wakeup, wakeup
+
+T = TypeVar("T")
+
+
+class Channel(Generic[T]):
+    """At most `size` items wait. Made for one producer and one consumer: on the path of every chunk of a stream, the general kind with its
+    checkpoints costs as much as the rest of the way."""
+
+    def __init__(self, size: int) -> None:
+        self._items: deque[T] = deque()
+        self._size = size
+        self._reader: Wakeup | None = None
+        self._writer: Wakeup | None = None
+        self._closed = False
+        self.abandoned = False
+
+    @property
+    def full(self) -> bool:
+        return len(self._items) >= self._size
+
+    def put(self, item: T) -> None:
+        """Never waits and never refuses: a producer that respects `size` asks `full` first, and awaits `room`."""
+        if not self.abandoned:
+            self._items.append(item)
+            self._wake_reader()
+
+    async def room(self) -> None:
+        """Waits until there is room, or the consumer has left."""
+        while self.full and not self.abandoned:
+            self._writer = wakeup()
+            await self._writer.wait()
+
+    def close(self) -> None:
+        """Nothing more comes."""
+        self._closed = True
+        self._wake_reader()
+
+    async def get(self) -> T | None:
+        """The next item; None after the last."""
+        while not self._items:
+            if self._closed:
+                return None
+            self._reader = wakeup()
+            await self._reader.wait()
+        item = self._items.popleft()
+        if self._writer is not None:
+            self._writer.ring()
+            self._writer = None
+        return item
+
+    def leave(self) -> None:
+        """The consumer takes nothing more; what waits is forgotten."""
+        self.abandoned = True
+        self._items.clear()
+        if self._writer is not None:
+            self._writer.ring()
+            self._writer = None
+
+    def _wake_reader(self) -> None:
+        if self._reader is not None:
+            self._reader.ring()
+            self._reader = None
