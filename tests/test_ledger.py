@@ -145,6 +145,24 @@ async def test_odd_but_legal_text_comes_back_unchanged(ledger: SQLiteLedger) -> 
     await assert_clean(ledger)
 
 
+async def test_expiring_goes_on_until_nothing_is_due(ledger: SQLiteLedger, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("starlette_aigateway.stores.sqlite.ledger.DUE_AT_ONCE", 2)
+    monkeypatch.setattr("starlette_aigateway.stores.sqlite.ledger_batch.DUE_AT_ONCE", 2)
+    for number in range(5):
+        await ledger.reserve(hold_request(f"use_{number}"), now=NOON)
+    expired = await ledger.expire(now=NOON + 10_000)
+    assert sorted(record.id for record in expired) == [f"use_{number}" for number in range(5)]
+
+
+def test_price_snapshots_are_remembered_within_a_bound_and_come_back_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Prices, "BOUND", 2)
+    prices = Prices()
+    made = [Price(str(number), "2", cache_read="0.5", cache_write="1.25", request="0.001") for number in range(5)]
+    texts = [prices.dump(price) for price in made]
+    assert [prices.load(text) for text in texts] == made
+    assert prices.load(prices.dump(None)) is None
+
+
 async def test_expired_holds_come_back_with_their_price(ledger: SQLiteLedger) -> None:
     price = Price("0.000000001", "1000", cache_read="0.1", cache_write=3, request="0.25")
     await ledger.reserve(hold_request("a", price=price), now=NOON)

@@ -599,3 +599,58 @@ async def test_tokens_are_estimated_at_the_door_and_corrected_by_the_bill() -> N
         with pytest.raises(InvalidRequest) as too_large:
             await gateway.complete(Principal("u", tokens_per_minute=10), ask("x" * 1000))
         assert too_large.value.code == "request_too_large_for_limit"
+
+
+# -- flights, plans and an absent cache --------------------------------------------------------------------------------
+
+
+async def test_who_waited_for_a_call_that_failed_makes_its_own() -> None:
+    go, arrived = anyio.Event(), anyio.Event()
+    failing = After(go, Die(ProviderError("lost", retryable=False)), arrived)
+    async with gateway_with(ScriptedProvider(failing, "fine")) as gateway:
+        answers: list[str] = []
+
+        async def call() -> None:
+            try:
+                answers.append((await gateway.complete(NOBODY, ask())).message["content"])
+            except ProviderError as error:
+                answers.append(error.message)
+
+        async with anyio.create_task_group() as group:
+            group.start_soon(call)
+            await arrived.wait()
+            group.start_soon(call)
+            await anyio.wait_all_tasks_blocked()
+            go.set()
+        assert sorted(answers) == ["fine", "lost"]
+
+
+async def test_who_waits_for_an_identical_call_waits_no_longer_than_its_own_timeout() -> None:
+    arrived = anyio.Event()
+    hanging = gateway_with(ScriptedProvider(Hang(arrived)), timeouts=Timeouts(drain=0.01))
+    async with hanging as gateway, anyio.create_task_group() as group:
+        group.start_soon(gateway.complete, NOBODY, ask())
+        await arrived.wait()
+        with pytest.raises(ProviderTimeout):
+            await gateway.complete(NOBODY, ask(), timeout=0.02)
+        group.cancel_scope.cancel()
+
+
+async def test_without_a_cache_nothing_is_read_kept_or_shared() -> None:
+    async with gateway_with(ScriptedProvider("a", "b", "c"), cache=CachePolicy(enabled=False)) as gateway:
+        assert [(await gateway.complete(NOBODY, ask())).cached for _ in range(2)] == [False, False]
+        await read(gateway, NOBODY, ask(), stream=True)
+
+
+async def test_any_number_of_model_names_is_planned() -> None:
+    async with gateway_with(ScriptedProvider("a", repeat=True), prices={}) as gateway:
+        for number in range(1030):
+            await gateway.complete(NOBODY, ask(model=f"m{number}"), cache=CacheControl(read=False, store=False))
+
+
+async def test_a_model_is_needed_from_the_caller_or_the_prompt() -> None:
+    async with gateway_with(ScriptedProvider("never")) as gateway:
+        await gateway.save_prompt("p", "text")
+        with pytest.raises(InvalidRequest) as raised:
+            await gateway.complete(NOBODY, CompletionRequest(prompt=PromptRef(name="p")))
+        assert raised.value.param == "model"

@@ -194,12 +194,19 @@ zj0EAwIDSAAwRQIgSOSGywQnL70X8DnsmrnIbFfb428dXzJRroE2/BwgNakCIQCZ
 """
 
 
-@pytest.mark.parametrize("make", [AiohttpTransport, lambda: HttpxTransport(library="httpx2"), lambda: HttpxTransport(library="httpx")])
+@pytest.mark.parametrize(
+    ("anyio_backend", "make"),
+    [
+        ("asyncio", AiohttpTransport),
+        ("asyncio", lambda: HttpxTransport(library="httpx2")),
+        ("asyncio", lambda: HttpxTransport(library="httpx")),
+        ("trio", lambda: HttpxTransport(library="httpx2")),
+        ("trio", lambda: HttpxTransport(library="httpx")),
+    ],
+)
 async def test_an_untrusted_certificate_is_refused_before_anything_is_sent(
     make: Callable[[], Transport], anyio_backend: str, tmp_path: Path
 ) -> None:
-    if make is AiohttpTransport and anyio_backend == "trio":
-        pytest.skip("aiohttp runs on asyncio only")
     (tmp_path / "self-signed.pem").write_text(SELF_SIGNED)
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.load_cert_chain(tmp_path / "self-signed.pem")

@@ -1,0 +1,64 @@
+"""The outcome table of design section 4, row by row, as the pure functions that decide it."""
+
+import pytest
+
+from starlette_aigateway import Price, ProviderError, Usage
+from starlette_aigateway.accounts import Hold
+from starlette_aigateway.policy import metering
+from starlette_aigateway.types import Completion
+
+PRICE = Price("1000", "2000")
+HOLD = Hold(id="use_1", amount=50_000_000, made_at=0.0, expires_at=60.0)
+USAGE = Usage(input_tokens=10, output_tokens=5)
+COST = 20_000_000
+HUGE = Usage(input_tokens=10, output_tokens=500)
+
+
+@pytest.mark.parametrize(
+    ("usage", "bounded", "reported", "outcome", "amount"),
+    [
+        (USAGE, True, True, "completed", COST),
+        (HUGE, True, True, "overrun", 1_010_000_000),
+        (HUGE, False, True, "completed", 1_010_000_000),
+        (USAGE, True, False, "estimated", COST),
+        (HUGE, True, False, "estimated", HOLD.amount),
+        (HUGE, False, False, "estimated", 1_010_000_000),
+    ],
+)
+def test_an_answer_that_came(usage: Usage, bounded: bool, reported: bool, outcome: str, amount: int) -> None:
+    settlement = metering.completed(HOLD, PRICE, usage, bounded=bounded, reported=reported, model="m", latency_ms=7)
+    assert (settlement.outcome, settlement.amount, settlement.usage, settlement.latency_ms) == (outcome, amount, usage, 7)
+
+
+def test_an_unpriced_answer_costs_nothing() -> None:
+    assert metering.completed(HOLD, None, USAGE, bounded=False, reported=True, model=None, latency_ms=0).amount == 0
+
+
+def test_a_failure_that_charged_nothing_is_a_release() -> None:
+    assert metering.failed(HOLD, PRICE, ProviderError("x", billed="no"), received=HUGE, latency_ms=0) is None
+
+
+@pytest.mark.parametrize(("billed", "outcome", "amount"), [(USAGE, "completed", COST), (HUGE, "overrun", 1_010_000_000)])
+def test_a_failure_that_says_what_it_billed(billed: Usage, outcome: str, amount: int) -> None:
+    settlement = metering.failed(HOLD, PRICE, ProviderError("x", billed=billed), received=None, latency_ms=0)
+    assert settlement is not None
+    assert (settlement.outcome, settlement.amount) == (outcome, amount)
+
+
+@pytest.mark.parametrize(("received", "amount"), [(None, HOLD.amount), (USAGE, HOLD.amount), (HUGE, 1_010_000_000)])
+def test_a_failure_of_which_nothing_is_known_is_the_full_hold_and_never_less_than_what_came(received: Usage | None, amount: int) -> None:
+    settlement = metering.failed(HOLD, PRICE, ProviderError("x"), received=received, latency_ms=0)
+    assert settlement is not None
+    assert (settlement.outcome, settlement.amount) == ("ambiguous", amount)
+
+
+def test_a_client_that_left_pays_for_what_came_and_for_all_where_nothing_did() -> None:
+    left = metering.abandoned(HOLD, PRICE, received=USAGE, latency_ms=0)
+    assert (left.outcome, left.amount) == ("estimated", COST)
+    early = metering.abandoned(HOLD, PRICE, received=None, latency_ms=0)
+    assert (early.outcome, early.amount) == ("ambiguous", HOLD.amount)
+
+
+@pytest.mark.parametrize("usage", [None, Usage(input_tokens=-1, output_tokens=5), Usage(input_tokens=1, output_tokens=-5)])
+def test_a_usage_that_cannot_be_true_was_not_reported(usage: Usage | None) -> None:
+    assert metering.reported_usage(Completion(message={"role": "assistant"}, usage=usage)) is None
