@@ -149,7 +149,7 @@ async def test_expiring_goes_on_until_nothing_is_due(ledger: SQLiteLedger, monke
     monkeypatch.setattr("starlette_aigateway.stores.sqlite.ledger.DUE_AT_ONCE", 2)
     monkeypatch.setattr("starlette_aigateway.stores.sqlite.ledger_batch.DUE_AT_ONCE", 2)
     for number in range(5):
-        await ledger.reserve(hold_request(f"use_{number}"), now=NOON)
+        await ledger.reserve(hold_request(str(number)), now=NOON)
     expired = await ledger.expire(now=NOON + 10_000)
     assert sorted(record.id for record in expired) == [f"use_{number}" for number in range(5)]
 
