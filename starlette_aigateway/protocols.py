@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from datetime import datetime
-from typing import Any, Protocol, TypeAlias, runtime_checkable
+from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 from msgspec import Struct
 
@@ -133,6 +133,33 @@ class Ledger(Protocol):
 
     async def ping(self) -> None:
         """Raises `StorageUnavailable` if a reserve could not be written now."""
+
+
+class Claim(Struct, frozen=True):
+    """What a claim on an idempotency key met: `claimed`, it is the caller's now; `running`, another has it; `kept`, with the `outcome` that
+    was kept; `other_request`, it is taken by a request with another fingerprint, running or kept."""
+
+    state: Literal["claimed", "running", "kept", "other_request"]
+    outcome: bytes | None = None
+
+
+class IdempotencyStore(Protocol):
+    """Calls by idempotency key, and what is kept of those that were carried out. `key` already stands for principal, route and the
+    caller's key. A claim has a `holder`, a random name, and a lease: one whose lease is over is free for the next, so that a killed
+    process does not block its key. Until somebody took it, its holder may still renew it or keep an outcome."""
+
+    async def claim(self, key: str, fingerprint: str, *, holder: str, until: float, now: float) -> Claim:
+        """Takes the key until `until`, if it is free: never claimed, released, its lease over, or its outcome kept long enough. Of
+        concurrent claims in all workers exactly one is granted."""
+
+    async def renew(self, key: str, *, holder: str, until: float) -> bool:
+        """Moves the end of the lease. False: the claim is not this holder's any more."""
+
+    async def keep(self, key: str, outcome: bytes, *, holder: str, until: float) -> bool:
+        """Ends the claim and keeps `outcome` until `until`, durably. False: the claim is not this holder's any more, nothing is kept."""
+
+    async def release(self, key: str, *, holder: str) -> None:
+        """Frees the key. A claim that is not this holder's any more stays as it is."""
 
 
 class ResponseCache(Protocol):
