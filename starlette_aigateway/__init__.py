@@ -22,11 +22,13 @@ from .errors import (
     SpendCapHeld,
     StorageUnavailable,
     TooManyParallelRequests,
+    UnprocessableRequest,
 )
 from .gateway import AIGateway
 from .http.door import Admin
 from .middleware import AIGatewayMiddleware
 from .policy.caching import CachePolicy
+from .policy.idempotency import IdempotencyPolicy
 from .policy.routing import RetryPolicy
 from .streams import AnswerStream
 from .types import (
@@ -66,6 +68,7 @@ __all__ = [
     "ConfigurationError",
     "Conflict",
     "CostUnbounded",
+    "IdempotencyPolicy",
     "InvalidRequest",
     "Key",
     "Limits",
@@ -89,6 +92,7 @@ __all__ = [
     "Tenant",
     "Timeouts",
     "TooManyParallelRequests",
+    "UnprocessableRequest",
     "Usage",
     "UsageRecord",
     "UsageReport",

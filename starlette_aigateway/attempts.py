@@ -329,6 +329,8 @@ class Attempts:
 
     async def _settle(self, job: Job[Done], attempt: Attempt, settlement: Settlement) -> UsageRecord | None:
         """Retried while the ledger is away. None: it stayed away; the lease will book the hold in full."""
+        if attempt.call.bill is not None:
+            attempt.call.bill.booked = True
         record = await self._resolve(job, attempt.hold, lambda: self._ledger.settle(attempt.hold.id, settlement, now=self._clock()))
         if record is not None:
             self._emit(CallRecorded(record=record))

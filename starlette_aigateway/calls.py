@@ -48,6 +48,16 @@ class Offer(Struct, frozen=True, kw_only=True):
         return max(priced.ask.minimum for priced in self.targets)
 
 
+class Bill:
+    """Whether a call may have cost anything: `booked` is set before the first of its attempts is settled. Kept by a call whose outcome has
+    to be known though it failed (`idempotency.py`)."""
+
+    __slots__ = ("booked",)
+
+    def __init__(self) -> None:
+        self.booked = False
+
+
 class Call(Struct, frozen=True, kw_only=True):
     """A call that was let in. `owners` are the scopes whose limits hold for it; `started` and `deadline` are on the monotonic clock,
     `admitted_at` is Unix seconds; `stored` is the cached answer to it."""
@@ -67,6 +77,17 @@ class Call(Struct, frozen=True, kw_only=True):
     admitted_at: float
     deadline: float
     prompt: str | None
+    bill: Bill | None = None
+
+    @property
+    def created(self) -> int:
+        """Unix seconds, as the OpenAI wire dates an answer."""
+        return int(self.admitted_at)
+
+    @property
+    def cache_status(self) -> CacheStatus:
+        """Of an answer that does not come from the cache."""
+        return "miss" if self.cache_key is not None else "bypass"
 
 
 class Done(Struct, frozen=True, kw_only=True):
@@ -85,9 +106,11 @@ class Done(Struct, frozen=True, kw_only=True):
 
 
 class Served(Struct, frozen=True, kw_only=True):
-    """A whole answer and what the door says about it. The completion of a cached answer is decoded only when somebody looks at it."""
+    """A whole answer and what the door says about it; `created` is Unix seconds. The completion of a cached answer is decoded only when
+    somebody looks at it."""
 
     request_id: str
+    created: int
     provider: str
     cost: int
     cache: CacheStatus
@@ -96,6 +119,7 @@ class Served(Struct, frozen=True, kw_only=True):
     lowered_to: int | None = None
     completion: Completion | None = None
     stored: CachedAnswer | None = None
+    replayed: bool = False
 
     @property
     def native(self) -> Native | None:
@@ -125,4 +149,5 @@ class Served(Struct, frozen=True, kw_only=True):
             cost_usd=self.cost_usd,
             cached=self.cache == "hit",
             request_id=self.request_id,
+            replayed=self.replayed,
         )

@@ -39,10 +39,12 @@ class AIGatewayError(Exception):
     """The root. `str(error)` is safe to show to a caller: it never holds a credential or a prompt.
 
     `code` is stable and machine-readable; `param` names the offending field (`messages[0].role`); `retry_after` is in seconds and
-    None where a retry makes no sense; `details` are JSON-able facts for the caller; `request_id` is set by the gateway.
+    None where a retry makes no sense; `details` are JSON-able facts for the caller; `request_id` is set by the gateway, and `replayed`
+    where it is the outcome of an earlier call with the same idempotency key.
     """
 
     default_code: ClassVar[str] = "internal_error"
+    replayed: bool = False
 
     def __init__(
         self,

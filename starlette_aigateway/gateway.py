@@ -27,6 +27,7 @@ from .caller import Caller
 from .errors import ConfigurationError, InvalidArgument
 from .http.app import HTTPApp
 from .http.door import AuthorizeAdmin, Door, ResolvePrincipal
+from .idempotency import Idempotency
 from .lifecycle import Lifecycle
 from .limiter import Limiter
 from .observing import Observers
@@ -34,13 +35,15 @@ from .pipeline import Pipeline, Services
 from .policy import keys as key_policy
 from .policy.caching import CachePolicy
 from .policy.estimate import MIN_OUTPUT_TOKENS
+from .policy.idempotency import IdempotencyPolicy
 from .policy.pricing import ConfiguredPrices, PriceBook
 from .policy.routing import RetryPolicy
-from .protocols import Clock, KeyStore, Ledger, Observer, PriceStore, PromptStore, ResponseCache, TenantStore
+from .protocols import Clock, IdempotencyStore, KeyStore, Ledger, Observer, PriceStore, PromptStore, ResponseCache, TenantStore
 from .providers.simple import RegisteredProvider, adapt
 from .public_prices import PublicPrices
 from .stores.sqlite.config import ConfigDatabase
 from .stores.sqlite.connection import prepare_directory
+from .stores.sqlite.idempotency import SQLiteIdempotencyStore
 from .stores.sqlite.keys import SQLiteKeyStore
 from .stores.sqlite.ledger import SQLiteLedger
 from .stores.sqlite.prices import SQLitePriceStore
@@ -65,8 +68,8 @@ class AIGateway(Administration):
     """An AI gateway inside your app: mount it, or call it in process; both are metered alike.
 
     `providers` are tried in order. `data_dir` holds keys, ledger, windows, prompts and cache of one host; each may be replaced by
-    a store of your own (`keys`, `tenants`, `price_store`, `prompts`, `ledger`, `responses`, `windows`); with all of them no `data_dir` is
-    needed.
+    a store of your own (`keys`, `tenants`, `price_store`, `prompts`, `ledger`, `responses`, `windows`, `idempotency`); with all of them no
+    `data_dir` is needed. `idempotency_policy` says how long, and up to which size, answers are kept for repeated idempotency keys.
     `prices` are USD per million tokens, by model or `(provider, model)`; `public_prices=True` adds those of the extra `prices`.
     `limits` hold for the gateway as a whole, `default_limits` for principals and keys that bring none.
 
@@ -98,6 +101,8 @@ class AIGateway(Administration):
         ledger: Ledger | None = None,
         responses: ResponseCache | None = None,
         windows: Storage | None = None,
+        idempotency: IdempotencyStore | None = None,
+        idempotency_policy: IdempotencyPolicy | None = None,
         retries: RetryPolicy | None = None,
         public_prices: bool = False,
         default_max_tokens: int | None = None,
@@ -111,7 +116,7 @@ class AIGateway(Administration):
     ) -> None:
         timeouts = timeouts or Timeouts()
         embedded = Embedded(_directory(data_dir), timeouts, clock, cache or CachePolicy())
-        stores = [keys, tenants, price_store, prompts, ledger, responses, windows]
+        stores = [keys, tenants, price_store, prompts, ledger, responses, windows, idempotency]
         if data_dir is None and any(store is None for store in stores):
             raise ConfigurationError(
                 "data_dir is required: a directory of this host for keys, ledger and cache; or use AIGateway.in_memory(...) in tests",
@@ -138,6 +143,7 @@ class AIGateway(Administration):
         self._lifecycle = Lifecycle(self._start, self._background, self._observers)
         self._responses: ResponseCache = responses or embedded.responses()
         self._storage: Storage = windows or embedded.windows()
+        self._idempotency: IdempotencyStore = idempotency or embedded.idempotency()
         limiter = Limiter(self._storage, clock=clock, fail_open=limiter_fail_open)
         for provider in providers:
             self.register_provider(provider)
@@ -163,6 +169,9 @@ class AIGateway(Administration):
                 default_max_tokens=_positive(default_max_tokens, "default_max_tokens"),
                 min_output_tokens=_positive(min_output_tokens, "min_output_tokens") or MIN_OUTPUT_TOKENS,
                 allow_unbounded=frozenset(allow_unbounded),
+                idempotency=Idempotency(
+                    self._idempotency, idempotency_policy or IdempotencyPolicy(), clock=clock, random=random, timeouts=timeouts
+                ),
             )
         )
         self._door = Door(
@@ -207,6 +216,7 @@ class AIGateway(Administration):
             opened.callback(self._embedded.close)
         stores = (
             self._keys, self._tenants, self._stored_prices, self._prompts, self._ledger_store, self._responses, self._storage,
+            self._idempotency,
             *(registered.provider for registered in self._providers.values()),
         )  # fmt: skip
         for store in {id(store): store for store in stores}.values():
@@ -248,7 +258,10 @@ class AIGateway(Administration):
         tags: Mapping[str, str] | None = None,
         cache: CacheControl | None = None,
     ) -> Answer:
-        """A whole answer for a principal or a raw key, limited and billed as over HTTP. Raises any of the errors in `errors.py`."""
+        """A whole answer for a principal or a raw key, limited and billed as over HTTP. Raises any of the errors in `errors.py`.
+
+        With an `idempotency_key` the same call is carried out and billed once: again, it gets the same answer, `replayed`, for a day; while
+        it runs it is a `Conflict`, and a key that was used for another call is an `UnprocessableRequest`."""
         options = _options(idempotency_key, timeout, tags, cache)
         principal = await self._principal(who)
         try:
@@ -355,6 +368,9 @@ class Embedded:
 
     def windows(self) -> Storage:
         return SQLiteWindowStorage(path=self.directory / "windows.db", clock=self._clock, timeout=self._timeouts.storage)
+
+    def idempotency(self) -> IdempotencyStore:
+        return SQLiteIdempotencyStore(self.directory / "answers.db", timeout=self._timeouts.storage)
 
     def close(self) -> None:
         for close in self._closing:

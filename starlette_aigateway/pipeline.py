@@ -1,5 +1,6 @@
 """The way of one call, top to bottom. `complete` and `stream` share everything up to the attempt.
 
+    claim      an idempotency key, if there is one: what follows then happens at most once, in one job
     render     prompt reference -> messages
     plan       model -> ordered, priced targets
     authorize  requested name vs allowed models
@@ -16,25 +17,28 @@ Values flow forward; each step takes what it needs and returns what it found.
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, contextmanager, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from time import monotonic
+from typing import Any
 
 import anyio
 
 from . import replay
 from .accounts import GATEWAY_SCOPE, ScopeClaim, UsageRecord, principal_scope, tenant_scope
 from .attempts import Attempts
-from .background import Background, Job
-from .calls import Call, Done, Offer, PricedTarget, Served
+from .background import Background, Job, Work
+from .calls import Bill, Call, Done, Offer, PricedTarget, Served
 from .errors import AIGatewayError, CostUnbounded, NotFound, PriceUnknown, ProviderError, ProviderTimeout
 from .events import CallRecorded, CallRefused, Event
 from .flights import Flights
+from .idempotency import Idempotency, ReplayedStream, kept_hit, kept_live, kept_whole, served_again
 from .limiter import Limiter
-from .policy import caching, estimate, keys, models, prompts, routing
+from .policy import caching, estimate, idempotency, keys, models, prompts, routing
 from .policy.caching import CachedAnswer, CachedCompletion, CachedEvents, CachePolicy
 from .policy.defaults import with_defaults
+from .policy.idempotency import KeptAnswer, Outcome
 from .policy.pricing import PriceBook
 from .policy.routing import Plan, RetryPolicy
 from .policy.windows import WindowClaim
@@ -82,6 +86,7 @@ class Services:
     default_max_tokens: int | None
     min_output_tokens: int
     allow_unbounded: frozenset[str]
+    idempotency: Idempotency
 
 
 class Pipeline:
@@ -101,20 +106,39 @@ class Pipeline:
 
     async def complete(self, principal: Principal, request: CompletionRequest, options: CallOptions, request_id: str) -> Served:
         """A whole answer. Raises any of the errors in `errors.py`, their `request_id` set."""
+        answer = self._answer if options.idempotency_key is None else self._answer_once
         try:
-            call = await self._admit(principal, request, options, request_id, stream=False)
-            if call.stored is not None:
-                return await self._serve_stored(call, call.stored)
-            return await self._fly(call, await self._offer(call))
+            return await answer(principal, request, options, request_id)
         except AIGatewayError as error:
             self._tell(error, principal, request, request_id)
             raise
 
+    def stream(
+        self, principal: Principal, request: CompletionRequest, options: CallOptions, request_id: str
+    ) -> AbstractAsyncContextManager[AnswerStream]:
+        """An open stream, past its first content: what refuses the call, or fails at every provider, is raised before the block."""
+        open_stream = self._stream if options.idempotency_key is None else self._stream_once
+        return open_stream(principal, request, options, request_id)
+
+    async def _answer(
+        self,
+        principal: Principal,
+        request: CompletionRequest,
+        options: CallOptions,
+        request_id: str,
+        job: Job[Any] | None = None,
+        bill: Bill | None = None,
+    ) -> Served:
+        """In `job`, or in one of its own from the attempt on."""
+        call = await self._admit(principal, request, options, request_id, stream=False, bill=bill)
+        if call.stored is not None:
+            return await self._serve_stored(call, call.stored)
+        return await self._fly(call, await self._offer(call), job)
+
     @asynccontextmanager
-    async def stream(
+    async def _stream(
         self, principal: Principal, request: CompletionRequest, options: CallOptions, request_id: str
     ) -> AsyncIterator[AnswerStream]:
-        """An open stream, past its first content: what refuses the call, or fails at every provider, is raised before the block."""
         with self._telling(principal, request, request_id):
             call = await self._admit(principal, request, options, request_id, stream=True)
             stored = call.stored
@@ -123,7 +147,7 @@ class Pipeline:
             else:
                 offer = await self._offer(call)
         if stored is not None:
-            yield StoredStream(replay.items_of(stored), call, provider=stored.provider, age=caching.age(stored, self._s.clock()))
+            yield self._stored_stream(call, stored)
             return
         relay = Relay(keep=self._s.cache.max_entry_bytes)
 
@@ -132,7 +156,7 @@ class Pipeline:
             await self._keep_stream(call, done, relay)
             return done
 
-        async with self._s.background.start(work, self._limit(call)) as job:
+        async with self._s.background.start(work, self._limit(call.deadline)) as job:
             try:
                 with self._telling(principal, request, request_id):
                     await relay.opened.wait()
@@ -141,6 +165,70 @@ class Pipeline:
                 yield LiveStream(job, relay, call)
             finally:
                 relay.channel.leave()
+
+    # -- under an idempotency key ------------------------------------------------------------------------------------
+
+    async def _answer_once(self, principal: Principal, request: CompletionRequest, options: CallOptions, request_id: str) -> Served:
+        openai_chat.validate(request)
+        slot = idempotency.slot(principal, request, options, stream=False)
+
+        async def work(job: Job[Served | KeptAnswer]) -> Served | KeptAnswer:
+            return await self._s.idempotency.once(
+                job, slot, lambda bill: self._answer(principal, request, options, request_id, job, bill), kept_whole
+            )
+
+        outcome = await self._s.background.run(work, self._limit_once(options))
+        return served_again(outcome) if isinstance(outcome, KeptAnswer) else outcome
+
+    @asynccontextmanager
+    async def _stream_once(
+        self, principal: Principal, request: CompletionRequest, options: CallOptions, request_id: str
+    ) -> AsyncIterator[AnswerStream]:
+        relay = Relay(keep=max(self._s.cache.max_entry_bytes, self._s.idempotency.max_answer_bytes))
+        admitted: list[Call] = []
+
+        async def carry_out(job: Job[Any], bill: Bill) -> Done | StoredStream:
+            call = await self._admit(principal, request, options, request_id, stream=True, bill=bill)
+            admitted.append(call)
+            stored = call.stored
+            if stored is not None:
+                await self._record_free(call, stored.provider, stored.content.model, stored.usage)
+                return self._stored_stream(call, stored)
+            done = await self._attempts.stream(call, await self._offer(call), job, relay)
+            await self._keep_stream(call, done, relay)
+            return done
+
+        def kept(result: Done | StoredStream) -> Outcome:
+            return kept_hit(result) if isinstance(result, StoredStream) else kept_live(admitted[0], result, relay)
+
+        async def work(job: Job[Any]) -> Done | StoredStream | KeptAnswer:
+            try:
+                return await self._s.idempotency.once(job, slot, lambda bill: carry_out(job, bill), kept)
+            finally:
+                relay.close()
+
+        with self._telling(principal, request, request_id):
+            openai_chat.validate(request)
+            slot = idempotency.slot(principal, request, options, stream=True)
+        async with self._s.background.start(work, self._limit_once(options)) as job:
+            try:
+                with self._telling(principal, request, request_id):
+                    await relay.opened.wait()
+                    ended = await job.result() if relay.closed else None
+                if isinstance(ended, KeptAnswer):
+                    yield ReplayedStream(ended)
+                elif isinstance(ended, StoredStream):
+                    yield ended
+                else:
+                    yield LiveStream(job, relay, admitted[0])
+            finally:
+                relay.channel.leave()
+
+    def _limit_once(self, options: CallOptions) -> float:
+        """As `_limit`, with the time for claiming the key, for what comes before the attempts, and for concluding the claim."""
+        timeouts = self._s.timeouts
+        deadline = monotonic() + min(timeouts.call, options.timeout or timeouts.call)
+        return self._limit(deadline) + timeouts.settle + 4 * timeouts.storage
 
     # -- what a principal may know ------------------------------------------------------------------------------------
 
@@ -167,7 +255,14 @@ class Pipeline:
     # -- before the first attempt ------------------------------------------------------------------------------------
 
     async def _admit(
-        self, principal: Principal, request: CompletionRequest, options: CallOptions, request_id: str, *, stream: bool
+        self,
+        principal: Principal,
+        request: CompletionRequest,
+        options: CallOptions,
+        request_id: str,
+        *,
+        stream: bool,
+        bill: Bill | None = None,
     ) -> Call:
         """Renders, plans, authorizes, looks the answer up and limits; what comes out may be answered."""
         started = monotonic()
@@ -199,6 +294,7 @@ class Pipeline:
             admitted_at=self._s.clock(),
             deadline=started + min(self._s.timeouts.call, options.timeout or self._s.timeouts.call),
             prompt=prompt,
+            bill=bill,
         )
 
     async def _render(self, principal: Principal, request: CompletionRequest) -> tuple[CompletionRequest, str | None]:
@@ -276,11 +372,15 @@ class Pipeline:
             request_id=call.request_id,
             provider=stored.provider,
             cost=0,
+            created=call.created,
             cache="hit",
             windows=call.windows,
             age=caching.age(stored, self._s.clock()),
             stored=stored,
         )
+
+    def _stored_stream(self, call: Call, stored: CachedAnswer) -> StoredStream:
+        return StoredStream(replay.items_of(stored), call, stored, age=caching.age(stored, self._s.clock()))
 
     async def _record_free(self, call: Call, provider: str, response_model: str | None, usage: Usage | None) -> None:
         """The record of an answer at cost zero."""
@@ -355,11 +455,11 @@ class Pipeline:
             )
         raise PriceUnknown(f"the host has set no price for the model {plan.model!r}, and this account has a spend cap", param="model")
 
-    async def _fly(self, call: Call, offer: Offer) -> Served:
+    async def _fly(self, call: Call, offer: Offer, job: Job[Any] | None) -> Served:
         """Runs the call, or waits for an identical one that is in the air."""
         key = call.cache_key
         if key is None or not (call.options.cache.read and call.options.cache.store) or not self._s.background.shared:
-            return self._served(call, await self._s.background.run(lambda job: self._attempt(call, offer, job), self._limit(call)))
+            return self._served(call, await self._run(call, job, lambda job: self._attempt(call, offer, job)))
         flight = self._flights.find(key)
         if flight is not None:
             with anyio.move_on_after(call.deadline - monotonic()):
@@ -368,14 +468,18 @@ class Pipeline:
                 raise ProviderTimeout("an identical call was waited for, and did not end in time", billed="no")
             if flight.done is not None and flight.done.completion is not None:
                 return await self._serve_joined(call, flight.done)
-            return self._served(call, await self._s.background.run(lambda job: self._attempt(call, offer, job), self._limit(call)))
+            return self._served(call, await self._run(call, job, lambda job: self._attempt(call, offer, job)))
         self._flights.take_off(key)
-        return self._served(call, await self._s.background.run(lambda job: self._lead(call, offer, key, job), self._limit(call)))
+        return self._served(call, await self._run(call, job, lambda job: self._lead(call, offer, key, job)))
 
-    def _limit(self, call: Call) -> float:
+    def _run(self, call: Call, job: Job[Any] | None, work: Work[Done]) -> Awaitable[Done]:
+        """In `job`, where the call already has one."""
+        return work(job) if job is not None else self._s.background.run(work, self._limit(call.deadline))
+
+    def _limit(self, deadline: float) -> float:
         """Seconds after which the job of a call is given up in any case, also by stores that never answer."""
         timeouts = self._s.timeouts
-        return call.deadline - monotonic() + timeouts.drain + timeouts.settle + 2 * timeouts.storage
+        return deadline - monotonic() + timeouts.drain + timeouts.settle + 2 * timeouts.storage
 
     async def _lead(self, call: Call, offer: Offer, key: str, job: Job[Done]) -> Done:
         done: Done | None = None
@@ -396,15 +500,23 @@ class Pipeline:
         await self._record_free(call, done.provider, completion.model, completion.usage)
         await self._s.limiter.correct(call.claims, 0, admitted_at=call.admitted_at)
         return Served(
-            request_id=call.request_id, provider=done.provider, cost=0, cache="hit", windows=call.windows, age=0.0, completion=completion
+            request_id=call.request_id,
+            created=call.created,
+            provider=done.provider,
+            cost=0,
+            cache="hit",
+            windows=call.windows,
+            age=0.0,
+            completion=completion,
         )
 
     def _served(self, call: Call, done: Done) -> Served:
         return Served(
             request_id=call.request_id,
+            created=call.created,
             provider=done.provider,
             cost=done.cost,
-            cache="miss" if call.cache_key is not None else "bypass",
+            cache=call.cache_status,
             windows=call.windows,
             lowered_to=done.lowered_to,
             completion=done.completion,

@@ -18,6 +18,7 @@ from .background import Job
 from .calls import Call, Done
 from .channel import Channel
 from .errors import AIGatewayError
+from .policy.caching import CachedAnswer
 from .policy.windows import WindowState
 from .types import CacheStatus, Chunk, RawEvents, StreamItem, Usage
 from .wires import openai_chat
@@ -122,14 +123,17 @@ class Relay:
 class AnswerStream:
     """A stream as its reader sees it: iterate over `Chunk`s. `usage`, `cost_usd` and `finish_reason` are known after its end.
 
-    Leaving it early lets the gateway read the rest of the answer within bounds, so that the bill is exact.
+    Leaving it early lets the gateway read the rest of the answer within bounds, so that the bill is exact. `replayed`: it is the stream of
+    an earlier call with the same idempotency key; that one's are the cost and the request id, and this one was not billed.
     """
 
-    def __init__(self, call: Call, *, provider: str, cache: CacheStatus) -> None:
-        self.request_id = call.request_id
-        self.windows: Sequence[WindowState] = call.windows
+    def __init__(self, *, request_id: str, created: int, windows: Sequence[WindowState], provider: str, cache: CacheStatus) -> None:
+        self.request_id = request_id
+        self.created = created
+        self.windows = windows
         self.provider = provider
         self.cache: CacheStatus = cache
+        self.replayed = False
         self.age: float | None = None
         self.lowered_to: int | None = None
         self.usage: Usage | None = None
@@ -163,7 +167,9 @@ class LiveStream(AnswerStream):
     """A stream that a provider is producing."""
 
     def __init__(self, job: Job[Done], relay: Relay, call: Call) -> None:
-        super().__init__(call, provider=relay.provider, cache="miss" if call.cache_key is not None else "bypass")
+        super().__init__(
+            request_id=call.request_id, created=call.created, windows=call.windows, provider=relay.provider, cache=call.cache_status
+        )
         self.lowered_to = relay.lowered_to
         self._job = job
         self._relay = relay
@@ -191,8 +197,9 @@ class LiveStream(AnswerStream):
 class StoredStream(AnswerStream):
     """A cached answer as a stream, at cost zero."""
 
-    def __init__(self, items: Sequence[StreamItem], call: Call, *, provider: str, age: float) -> None:
-        super().__init__(call, provider=provider, cache="hit")
+    def __init__(self, items: Sequence[StreamItem], call: Call, stored: CachedAnswer, *, age: float) -> None:
+        super().__init__(request_id=call.request_id, created=call.created, windows=call.windows, provider=stored.provider, cache="hit")
+        self.stored = stored
         self.age = age
         self._items = deque(items)
         self._meter = Meter(0)

@@ -334,12 +334,14 @@ class Completion(Struct, frozen=True, kw_only=True):
 
 
 class Answer(Completion, frozen=True, kw_only=True):
-    """What the gateway returns: the completion, who gave it and what it cost."""
+    """What the gateway returns: the completion, who gave it and what it cost. `replayed`: it is the answer to an earlier call with the
+    same idempotency key; that one's are the cost and the request id, and this one was not billed."""
 
     provider: str
     cost_usd: Decimal
     cached: bool
     request_id: str
+    replayed: bool = False
 
 
 class Chunk(Struct, frozen=True, kw_only=True):
@@ -391,10 +393,12 @@ CacheStatus = Literal["hit", "miss", "bypass"]
 
 
 class CallOptions(Struct, frozen=True, kw_only=True):
-    """What comes with a call besides the request. `timeout` is seconds for the whole call; `tags` end up in the usage record."""
+    """What comes with a call besides the request. `timeout` is seconds for the whole call; `tags` end up in the usage record. An
+    `idempotency_key` counts within its `route`: the path over HTTP."""
 
     cache: CacheControl = CacheControl()
     idempotency_key: str | None = None
+    route: str = "in_process"
     timeout: float | None = None
     tags: Mapping[str, str] = {}
 

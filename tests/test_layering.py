@@ -24,8 +24,8 @@ LAYERS: tuple[dict[str, set[str]], ...] = (
     },
     {
         "pipeline": {
-            "administration", "attempts", "background", "calls", "channel", "flights", "lifecycle", "observing", "pipeline", "replay",
-            "streams",
+            "administration", "attempts", "background", "calls", "channel", "flights", "idempotency", "lifecycle", "observing", "pipeline",
+            "replay", "streams",
         }
     },
     {"http": {"http"}},

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 import msgspec
 from starlette.responses import Response
 
@@ -24,7 +22,7 @@ async def complete(exchange: Exchange) -> Response:
     call = openai_chat.decode_request(await exchange.json())
     if call.request.n is not None and call.request.n != 1:
         raise InvalidRequest("n must be 1 here; v1/chat/completions gives several choices", param="n")
-    options = call_options(exchange)
+    options = call_options(exchange, "/complete")
     if call.stream:
         return stream_response(
             exchange.pipeline, exchange.principal, call.request, options, exchange.request_id,
@@ -38,7 +36,7 @@ async def complete(exchange: Exchange) -> Response:
 async def chat_completions(exchange: Exchange) -> Response:
     """OpenAI's Chat Completions, streamed or not; `prompt` references work here too."""
     call = openai_chat.decode_request(await exchange.json())
-    options = call_options(exchange)
+    options = call_options(exchange, "/v1/chat/completions")
     if call.stream:
         return stream_response(
             exchange.pipeline, exchange.principal, call.request, options, exchange.request_id,
@@ -49,13 +47,15 @@ async def chat_completions(exchange: Exchange) -> Response:
     if native is not None and native.wire == openai_chat.WIRE:
         body = native.body
     else:
-        body = openai_chat.encode_completion(served.answer, created=int(time.time()))
+        body = openai_chat.encode_completion(served.answer, created=served.created)
     return Response(body, 200, served_headers(exchange, served), "application/json")
 
 
-def call_options(exchange: Exchange) -> CallOptions:
+def call_options(exchange: Exchange, route: str) -> CallOptions:
     headers = exchange.connection.headers
-    return CallOptions(cache=caching.parse_cache_control(headers.get("cache-control")), idempotency_key=headers.get("idempotency-key"))
+    return CallOptions(
+        cache=caching.parse_cache_control(headers.get("cache-control")), idempotency_key=headers.get("idempotency-key"), route=route
+    )
 
 
 def served_headers(exchange: Exchange, served: Served) -> dict[str, str]:
@@ -67,4 +67,6 @@ def served_headers(exchange: Exchange, served: Served) -> dict[str, str]:
         headers["age"] = str(int(served.age))
     if served.lowered_to is not None:
         headers["x-aigateway-max-tokens"] = str(served.lowered_to)
+    if served.replayed:
+        headers["idempotency-replayed"] = "true"
     return headers

@@ -78,6 +78,8 @@ def error_headers(error: AIGatewayError) -> dict[str, str]:
         headers["retry-after-ms"] = str(math.ceil(error.retry_after * 1000))
     if is_final(error):
         headers["x-should-retry"] = "false"
+    if error.replayed:
+        headers["idempotency-replayed"] = "true"
     if isinstance(error, RateLimitExceeded):
         headers |= window_headers(error.states)
     if isinstance(error, errors.AuthenticationError):
@@ -86,7 +88,9 @@ def error_headers(error: AIGatewayError) -> dict[str, str]:
 
 
 def is_final(error: AIGatewayError) -> bool:
-    """Whether the official clients must be told not to retry: they would for 5xx, and the gateway has retried already."""
+    """Whether the official clients must be told not to retry: they would for 409 and 5xx, and the gateway has retried already."""
+    if error.replayed:
+        return True
     if isinstance(error, SpendCapExceeded):
         return not isinstance(error, SpendCapHeld)
     return isinstance(error, ProviderError) and error.retry_after is None

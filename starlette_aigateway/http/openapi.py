@@ -10,6 +10,7 @@ from typing import Any
 from ..accounts import GROUPINGS
 from ..administration import MAX_PAGE
 from ..errors import AIGatewayError
+from ..policy.idempotency import MAX_KEY_LENGTH
 from .errors import STATUS
 from .router import REST, Guard, Route
 from .schemas import Schema, components, ref
@@ -30,7 +31,8 @@ MORE_CODES: dict[int, tuple[str, ...]] = {
     401: ("missing_api_key",),
     403: ("model_not_allowed", "foreign_origin"),
     404: ("key_not_found", "model_not_found", "prompt_not_found", "tenant_not_found"),
-    422: ("missing_variable", "prompt_render_failed"),
+    409: ("idempotency_answer_not_kept", "idempotency_in_progress"),
+    422: ("idempotency_key_reused", "missing_variable", "prompt_render_failed"),
     503: ("login_unavailable",),
 }
 """Codes besides the classes' own. `method_not_allowed` (405) and `refused_by_host` are those of answers to no route in particular."""
@@ -67,7 +69,10 @@ PARAMETERS: dict[str, tuple[str, Schema]] = {
     "format": ("csv: every record that the filters match, or with group_by the groups", {"enum": ["json", "csv"], "default": "json"}),
 }
 CALL_PARAMETERS: dict[str, tuple[str, Schema]] = {
-    "idempotency-key": ("the same key and body are carried out and billed once", {"type": "string"}),
+    "idempotency-key": (
+        "the same key and body are carried out and billed once, and answered alike for a day; 409 while the first call runs, else 422",
+        {"type": "string", "minLength": 1, "maxLength": MAX_KEY_LENGTH, "pattern": "^[ -~]+$"},
+    ),
     "cache-control": ("no-cache, no-store, max-age=N", {"type": "string"}),
 }
 
@@ -90,13 +95,22 @@ HEADERS: dict[str, str] = {
     "x-aigateway-provider": "who answered",
     "x-aigateway-cost-usd": "what it cost, in US dollars; not for a stream",
     "x-aigateway-max-tokens": "the output bound, where the budget lowered it",
+    "idempotency-replayed": "`true`: the outcome of an earlier call with the same idempotency key; this one was not billed",
     "x-accel-buffering": "`no`, for a stream",
     "content-disposition": "a file name, for CSV",
 }
 IDS = ("x-request-id", "request-id")
 WINDOWS = tuple(name for name in HEADERS if name.startswith("x-ratelimit-"))
 RETRY = ("retry-after", "retry-after-ms", "x-should-retry")
-OF_CALL = (*WINDOWS, "cache-control", "x-cache", "age", *(name for name in HEADERS if name.startswith("x-aigateway-")), "x-accel-buffering")
+OF_CALL = (
+    *WINDOWS,
+    "cache-control",
+    "x-cache",
+    "age",
+    *(name for name in HEADERS if name.startswith("x-aigateway-")),
+    "idempotency-replayed",
+    "x-accel-buffering",
+)
 
 SCHEMES: dict[str, Schema] = {
     "bearer": {"type": "http", "scheme": "bearer", "description": "An API key (`aigw_…`)"},
@@ -197,8 +211,10 @@ def _failure(status: int) -> Schema:
     names = [*IDS, "cache-control"]
     if status == 401:
         names.append("www-authenticate")
-    if status in (400, 402, 429, 502, 503, 504):
+    if status in (400, 402, 409, 429, 502, 503, 504):
         names += RETRY
+    if status in (400, 409, 502, 503, 504):
+        names.append("idempotency-replayed")
     if status == 429:
         names += WINDOWS
     codes = ", ".join(f"`{code}`" for code in codes_of(status))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any, Literal, Protocol
@@ -40,7 +39,7 @@ class OpenAIWriter:
     def __init__(self, stream: AnswerStream, model: str, include_usage: bool) -> None:
         self._id = f"chatcmpl-{stream.request_id}"
         self._model = model
-        self._created = int(time.time())
+        self._created = stream.created
         self._include_usage = include_usage
 
     def item(self, item: StreamItem) -> bytes:
@@ -137,6 +136,8 @@ def stream_headers(stream: AnswerStream) -> dict[str, str]:
         headers["age"] = str(int(stream.age))
     if stream.lowered_to is not None:
         headers["x-aigateway-max-tokens"] = str(stream.lowered_to)
+    if stream.replayed:
+        headers["idempotency-replayed"] = "true"
     return headers
 
 
