@@ -29,6 +29,7 @@ CLOSE_TIMEOUT = 10.0
 RETRY_AFTER = 5.0
 """Seconds until a cache that could not be opened is tried again."""
 
+GATHER_SECONDS = 0.02
 MAX_BATCH = 128
 MAX_PENDING_BYTES = 64 * 2**20
 KEPT_CORRUPT = 3
@@ -174,6 +175,7 @@ class CacheFiles:
         self._tasks: Tasks = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._closed = False
+        self._hurry = threading.Event()
         self._queueing = threading.Lock()
         self._pending: dict[str, Put] = {}
         self._pending_bytes = 0
@@ -232,6 +234,7 @@ class CacheFiles:
         done: Future[int] = Future()
         if not self._submit(Ask(work, done)):
             done.set_result(0)
+        self._hurry.set()
         return done
 
     def check(self) -> None:
@@ -245,6 +248,7 @@ class CacheFiles:
             self._closed = True
         if self._thread is not None:
             self._tasks.put(None)
+            self._hurry.set()
             self._thread.join(CLOSE_TIMEOUT)
             if self._thread.is_alive():  # it waits for a lock; it closes them itself
                 return
@@ -302,7 +306,7 @@ class CacheFiles:
     def _work(self) -> None:
         last = False
         while not last:
-            batch, last = take(self._tasks)
+            batch, last = take(self._tasks, self._hurry)
             writes = [task for task in batch if not isinstance(task, Ask)]
             if writes:
                 self._write(writes)
@@ -395,10 +399,15 @@ def apply(writer: OneConnection, task: Put | Forget, generation: Generation) -> 
         writer.set(task.key, EXPIRY.pack(task.entry.expires_at) + task.entry.value, expire=task.ttl)
 
 
-def take(tasks: Tasks) -> tuple[list[Task], bool]:
-    """Everything that waits, at least one task and up to the first `Ask`; and whether they are the last."""
+def take(tasks: Tasks, hurry: threading.Event) -> tuple[list[Task], bool]:
+    """Everything that waits, at least one task and up to the first `Ask`; and whether they are the last. After a first write it waits for
+    more, for `GATHER_SECONDS` at most: `get` sees what is queued, so only the disk is in no hurry, and a thread that wakes for each
+    write takes the interpreter from the event loop each time."""
     batch: list[Task] = []
     task = tasks.get()
+    if isinstance(task, Put):
+        hurry.wait(GATHER_SECONDS)
+    hurry.clear()
     while task is not None:
         batch.append(task)
         if isinstance(task, Ask) or len(batch) >= MAX_BATCH:

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ class Worker:
 
 @contextmanager
 def worker(data_dir: Path, *options: str, **environment: str) -> Iterator[Worker]:
-    """A uvicorn of its own over `data_dir`; killed at the end."""
+    """A uvicorn of its own over `data_dir`, asked to stop at the end."""
     port = free_port()
     command = [sys.executable, "-m", "uvicorn", "tests.worker_app:app", "--port", str(port), "--no-access-log", *options]
     with subprocess.Popen(
@@ -49,8 +49,12 @@ def worker(data_dir: Path, *options: str, **environment: str) -> Iterator[Worker
                 assert line, "the worker did not start"
                 awaited = {sign for sign in awaited if sign not in line}
             yield Worker(process, f"http://127.0.0.1:{port}/api/ai-gateway")
+            process.send_signal(signal.SIGTERM)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(10)
         finally:
-            os.killpg(process.pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
 
 
 def free_port() -> int:
