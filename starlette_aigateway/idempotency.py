@@ -77,7 +77,7 @@ class Idempotency:
         """A claim that is granted while its caller leaves is not lost: the job goes on with it, or releases it."""
         patience = 2 * self._timeouts.storage
         now = self._clock()
-        with job.critical(patience), anyio.move_on_after(patience):
+        with job.critical(patience):
             return await self._store.claim(slot.key, slot.fingerprint, holder=holder, until=now + LEASE, now=now)
         raise StorageUnavailable("the idempotency store did not answer in time", retry_after=1.0)
 
@@ -99,15 +99,17 @@ class Idempotency:
             await anyio.sleep(LEASE / 3)
             try:
                 await self._store.renew(slot.key, holder=holder, until=self._clock() + LEASE)
-            except StorageUnavailable:
-                log.warning("the claim of a running call on its idempotency key could not be renewed; it is tried again")
+            except Exception as error:  # noqa: BLE001  # whatever a store does, it must not cut off the call that runs beside
+                log.warning(
+                    "a running call's claim on its idempotency key could not be renewed (%s); it is tried again", type(error).__name__
+                )
 
     async def _conclude(self, job: Job[Any], slot: Slot, holder: str, outcome: Outcome | None) -> None:
         """Keeps `outcome`, or frees the key where there is none. Retried while the store is away."""
         value = None if outcome is None else policy.encode(outcome, max_bytes=self._policy.max_answer_bytes)
         patience = self._timeouts.settle
         deadline = monotonic() + patience
-        with job.critical(patience), anyio.move_on_after(patience):
+        with job.critical(patience):
             while True:
                 try:
                     await self._write(slot, holder, value)

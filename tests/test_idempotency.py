@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +162,11 @@ def test_bytes_that_cannot_be_read_still_say_that_the_call_was_carried_out(value
     assert policy.decode(b"\x02" + value) == policy.NotKept()
 
 
+def test_a_policy_may_keep_no_answer_at_all() -> None:
+    bound = IdempotencyPolicy(max_answer_bytes=1).max_answer_bytes
+    assert policy.decode(policy.encode(kept(CachedCompletion()), max_bytes=bound)) == policy.NotKept()
+
+
 @pytest.mark.parametrize("wrong", [{"keep_seconds": 0}, {"keep_seconds": "1"}, {"max_answer_bytes": 1.5}, {"max_answer_bytes": True}])
 def test_a_policy_that_makes_no_sense_is_refused(wrong: Any) -> None:
     with pytest.raises(InvalidRequest):
@@ -301,6 +307,26 @@ async def test_of_twenty_equal_calls_at_once_one_is_carried_out_and_billed(strea
         assert set(outcomes) <= {"carried out", "replayed", "idempotency_in_progress"}
         assert len(provider.calls) == len(await records(gateway)) == 1
         assert (await spent_and_held(gateway, capped()))[0] == USUAL_COST
+
+
+@both_ways
+async def test_two_gateways_over_one_directory_carry_a_call_out_once(tmp_path: Path, stream: bool) -> None:
+    provider = ScriptedProvider(Say("one two"))
+    outcomes: list[str] = []
+    async with AsyncExitStack() as stack:
+        gateways = [
+            await stack.enter_async_context(AIGateway(data_dir=tmp_path, providers=[provider], prices={"m": PRICE})) for _ in range(2)
+        ]
+
+        async def one(gateway: AIGateway) -> None:
+            got = await settled(gateway, stream=stream)
+            outcomes.append("replayed" if got.replayed else "carried out")
+
+        async with anyio.create_task_group() as group:
+            for number in range(10):
+                group.start_soon(one, gateways[number % 2])
+        assert sorted(outcomes) == ["carried out"] + ["replayed"] * 9
+        assert len(provider.calls) == len(await records(gateways[0])) == 1
 
 
 async def test_identical_calls_under_two_keys_share_a_flight_and_both_are_kept() -> None:

@@ -39,8 +39,9 @@ MAX_ANSWER_BYTES = 2**26
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class IdempotencyPolicy:
-    """How long, in seconds, and up to which size an answer is kept for a repeated `Idempotency-Key`. Of a larger one it is only kept that
-    the call was carried out. Raises `InvalidArgument`."""
+    """How long, in seconds, and up to which size an answer is kept for a repeated `Idempotency-Key`, in whatever way the call uses the
+    response cache. Of a larger one it is only kept that the call was carried out, so a size of 1 keeps no answer at all. Raises
+    `InvalidArgument`."""
 
     keep_seconds: float = 86_400
     max_answer_bytes: int = 2**20
