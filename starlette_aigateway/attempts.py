@@ -13,6 +13,7 @@ from time import monotonic
 from typing import TypeVar
 
 import anyio
+from anyio.lowlevel import checkpoint
 from msgspec.structs import replace
 
 from .accounts import Hold, HoldRequest, Settlement, UsageRecord
@@ -25,6 +26,7 @@ from .policy.routing import Circuit, Failure, GiveUp, RetryPolicy, Target, Try, 
 from .protocols import Clock, Ledger, ProviderAnswer
 from .streams import DRAIN_BYTES, Meter, Relay
 from .types import Chunk, Completion, ProviderCall, Timeouts, Usage
+from .wakeup import was_cancelled
 from .wires import openai_chat
 
 T = TypeVar("T")
@@ -34,7 +36,7 @@ log = logging.getLogger("starlette_aigateway")
 
 
 class ReaderLeft(Exception):  # an event, not a fault
-    """The client has left, and enough of the answer was drained."""
+    """Nobody reads the stream any more: the client has left and enough of the answer was drained, or it takes nothing for too long."""
 
 
 class Attempt:
@@ -47,8 +49,9 @@ class Attempt:
         self.number = number
         self.hold = hold
         self.meter: Meter | None = None
+        self.waits_for_reader = False
         self._timeouts = timeouts
-        self._timeout = timeout = _attempt_timeout(call, priced, timeouts)
+        self.timeout = timeout = _attempt_timeout(call, priced, timeouts)
         self._begun = monotonic()
         self._scope = anyio.CancelScope(deadline=anyio.current_time() + timeout)
 
@@ -87,7 +90,7 @@ class Attempt:
         provider_call = ProviderCall(
             request=request,
             stream=self.call.stream,
-            timeout=self._timeout,
+            timeout=self.timeout,
             connect=self._timeouts.connect,
             read=self._timeouts.read,
             request_id=self.call.request_id,
@@ -98,14 +101,18 @@ class Attempt:
                     yield answer
             except (AIGatewayError, ReaderLeft):
                 raise
-            except Exception as error:  # any foreign exception of a provider: it was sent, and nothing is known
+            except BaseException as error:
+                if not foreign(error):
+                    raise
                 raise ProviderError(f"{self.priced.target.provider} failed unexpectedly", billed="unknown") from error
+        if self._scope.cancelled_caught and self.waits_for_reader:
+            raise ReaderLeft
         if self._scope.cancelled_caught:
-            raise ProviderTimeout(f"{self.priced.target.provider} did not answer within {self._timeout:g} seconds", billed="unknown")
+            raise ProviderTimeout(f"{self.priced.target.provider} did not answer within {self.timeout:g} seconds", billed="unknown")
 
     def heard(self, now: float) -> None:
         """The provider sent something: its next silence may last as long again, within the call's own deadline."""
-        self._scope.deadline = anyio.current_time() + min(self._timeout, self.call.deadline - now)
+        self._scope.deadline = anyio.current_time() + min(self.timeout, self.call.deadline - now)
 
     def settlement(self, usage: Usage | None, output_bytes: Callable[[], int], model: str | None) -> Settlement:
         """For an answer that came whole, with the `usage` that was reported, if one was."""
@@ -129,7 +136,7 @@ class Pulse:
         self._clock = clock
         self._attempt = attempt
         self._length = length
-        self.interval = min(1.0, length / 3)
+        self.interval = min(1.0, length / 3, attempt.timeout / 4)
         self._beat = self._renewed = monotonic()
 
     @property
@@ -152,10 +159,12 @@ class Pulse:
 
     async def wait_for(self, relay: Relay) -> None:
         """Until a slow reader has taken something, or has left: that is no silence of the provider's."""
+        self._attempt.waits_for_reader = True
         while relay.channel.full and not relay.left:
-            with anyio.move_on_after(max(self.interval, 0.01)):
+            with anyio.move_on_after(max(self.interval, 0.001)):
                 await relay.channel.room()
             await self.beat()
+        self._attempt.waits_for_reader = False
 
 
 class Attempts:
@@ -183,7 +192,7 @@ class Attempts:
         async def run(attempt: Attempt) -> Done:
             async with attempt.answer() as answer:
                 completion = await answer.completion()
-            usage = metering.reported_usage(completion)
+            usage = metering.plausible(completion.usage)
             settlement = attempt.settlement(usage, lambda: _output_bytes(completion), completion.model)
             record = await self._settle(job, attempt, settlement)
             return _done(attempt, settlement, record, replace(completion, usage=settlement.usage))
@@ -201,10 +210,10 @@ class Attempts:
                         await pulse.beat()
                     if relay.channel.full:
                         await pulse.wait_for(relay)
-                    if relay.drained > DRAIN_BYTES:
-                        raise ReaderLeft
+                    if relay.left:
+                        await drained(relay)
             relay.flush()
-            settlement = attempt.settlement(meter.usage, meter.output_bytes, meter.model)
+            settlement = attempt.settlement(metering.plausible(meter.usage), meter.output_bytes, meter.model)
             record = await self._settle(job, attempt, settlement)
             return _done(attempt, settlement, record, None)
 
@@ -232,7 +241,7 @@ class Attempts:
             except BaseException as error:
                 await self._abandoned(job, attempt)
                 if isinstance(error, ReaderLeft):
-                    raise shut_down() from None
+                    raise NoProviderAvailable("the stream was given up: nobody read it for too long", retryable=False) from None
                 raise
             else:
                 if circuit := self._circuits.get(target):
@@ -298,6 +307,8 @@ class Attempts:
         if job.abandoned:
             await self._release(job, hold)
             raise shut_down()
+        if circuit := self._circuits.get(target):
+            circuit.probe(monotonic())
         return Attempt(call, offer, priced, request.attempt, hold, self._timeouts)
 
     async def _reserve(self, job: Job[Done], request: HoldRequest, now: float) -> Hold:
@@ -363,6 +374,21 @@ class Attempts:
     def _opens_at(self, target: Target) -> float | None:
         circuit = self._circuits.get(target)
         return None if circuit is None else circuit.opens_at(monotonic())
+
+
+async def drained(relay: Relay) -> None:
+    """One more item that nobody reads: within the bound of bytes, and without keeping the event loop to itself."""
+    if relay.drained > DRAIN_BYTES:
+        raise ReaderLeft
+    await checkpoint()
+
+
+def foreign(error: BaseException) -> bool:
+    """Whether an exception out of a provider's code is its own failure, also a cancellation that nobody asked this task for; any of
+    those means that the request was sent and nothing is known."""
+    if isinstance(error, anyio.get_cancelled_exc_class()):
+        return not was_cancelled()
+    return not isinstance(error, KeyboardInterrupt | SystemExit)
 
 
 def _attempt_timeout(call: Call, priced: PricedTarget, timeouts: Timeouts) -> float:

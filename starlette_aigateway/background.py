@@ -31,13 +31,10 @@ class Job(Generic[T]):
     def __init__(self, work: Work[T], grace: float, limit: float) -> None:
         self._work = work
         self._grace = grace
-        self._last = anyio.current_time() + limit
-        self._deadline = self._last
-        self._scope = anyio.CancelScope(deadline=self._last, shield=True)
+        self._scope = anyio.CancelScope(deadline=anyio.current_time() + limit, shield=True)
         self._done = anyio.Event()
         self._value: T
         self._error: BaseException | None = None
-        self._critical = False
         self.abandoned = False
 
     async def run(self) -> None:
@@ -58,28 +55,12 @@ class Job(Generic[T]):
     def abandon(self) -> None:
         """Nobody waits for the result. What has begun is ended within the grace."""
         self.abandoned = True
-        self._deadline = min(self._deadline, anyio.current_time() + self._grace)
-        if not self._critical:
-            self._scope.deadline = self._deadline
+        self._scope.deadline = min(self._scope.deadline, anyio.current_time() + self._grace)
 
-    def critical(self, seconds: float) -> Critical:
-        """Within, the job is not cancelled for being abandoned, and one that was cancelled can still wait for up to `seconds`: for what
-        has to be known to have happened or not. Cheaper than a scope of its own, which is needed only after a cancellation."""
-        return Critical(self, seconds)
-
-    @property
-    def cancelled(self) -> bool:
-        return self._scope.cancel_called
-
-    def enter_critical(self) -> None:
-        self._critical = True
-        if self._scope.deadline != self._last:
-            self._scope.deadline = self._last
-
-    def leave_critical(self) -> None:
-        self._critical = False
-        if self._scope.deadline != self._deadline:
-            self._scope.deadline = self._deadline
+    def critical(self, seconds: float) -> anyio.CancelScope:
+        """A scope for what has to be known to have happened or not: within, being abandoned cancels nothing, and it ends after `seconds`
+        in any case."""
+        return anyio.CancelScope(deadline=anyio.current_time() + seconds, shield=True)
 
     def ended(self) -> None:
         """The job's task is over, whether it ever ran or not."""
@@ -97,28 +78,6 @@ class Job(Generic[T]):
         if self._error is not None:
             raise self._error
         return self._value
-
-
-class Critical:
-    """A critical section of a job; see `Job.critical`."""
-
-    def __init__(self, job: Job[Any], seconds: float) -> None:
-        self._job = job
-        self._seconds = seconds
-        self._shield: anyio.CancelScope | None = None
-
-    def __enter__(self) -> None:
-        if self._job.cancelled:
-            self._shield = anyio.CancelScope(deadline=anyio.current_time() + self._seconds, shield=True)
-            self._shield.__enter__()
-        else:
-            self._job.enter_critical()
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> bool | None:
-        if self._shield is not None:
-            return self._shield.__exit__(kind, error, trace)
-        self._job.leave_critical()
-        return None
 
 
 def shut_down() -> NoProviderAvailable:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import anyio
+from anyio.lowlevel import current_token
 
 from .calls import Done
 
@@ -16,19 +17,23 @@ class Flight:
 
 
 class Flights:
-    """The calls in the air, by cache key; of one event loop."""
+    """The calls in the air, by event loop and cache key: a call of another loop cannot be waited for."""
 
     def __init__(self) -> None:
-        self._flights: dict[str, Flight] = {}
+        self._flights: dict[tuple[int, str], Flight] = {}
 
     def find(self, key: str) -> Flight | None:
-        return self._flights.get(key)
+        return self._flights.get((_loop(), key))
 
     def take_off(self, key: str) -> Flight:
-        flight = self._flights[key] = Flight()
+        flight = self._flights[_loop(), key] = Flight()
         return flight
 
     def land(self, key: str, done: Done | None) -> None:
-        flight = self._flights.pop(key)
+        flight = self._flights.pop((_loop(), key))
         flight.done = done
         flight.landed.set()
+
+
+def _loop() -> int:
+    return id(current_token().native_token)

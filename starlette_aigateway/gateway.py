@@ -140,6 +140,7 @@ class AIGateway(Administration):
         self._observers = Observers(observers)
         self._public_prices = PublicPrices(clock=clock) if public_prices else None
         self._background = Background(timeouts.drain)
+        self._entered: dict[int, list[AbstractAsyncContextManager[None]]] = {}
         self._lifecycle = Lifecycle(self._start, self._background, self._observers)
         self._responses: ResponseCache = responses or embedded.responses()
         self._storage: Storage = windows or embedded.windows()
@@ -239,12 +240,17 @@ class AIGateway(Administration):
         return self._lifecycle.lifespan()
 
     async def __aenter__(self) -> Self:
-        self._entered = self.lifespan()
-        await self._entered.__aenter__()
+        entered = self.lifespan()
+        await entered.__aenter__()
+        self._entered.setdefault(anyio.get_current_task().id, []).append(entered)
         return self
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        await self._entered.__aexit__(kind, error, trace)
+        task = anyio.get_current_task().id
+        entered = self._entered[task].pop()
+        if not self._entered[task]:
+            del self._entered[task]
+        await entered.__aexit__(kind, error, trace)
 
     # -- calls -------------------------------------------------------------------------------------------------------
 

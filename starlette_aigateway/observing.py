@@ -10,6 +10,7 @@ import anyio
 
 from .events import Event
 from .protocols import Observer
+from .wakeup import was_cancelled
 
 QUEUE = 1024
 OBSERVER_SECONDS = 5.0
@@ -62,5 +63,9 @@ async def _tell(observer: Observer, event: Event) -> None:
     try:
         with anyio.fail_after(OBSERVER_SECONDS):
             await observer(event)
+    except anyio.get_cancelled_exc_class() as error:
+        if was_cancelled():
+            raise
+        log.warning("an observer failed: %s", type(error).__name__)
     except Exception as error:  # noqa: BLE001  # an observer is the host's code and must not break the gateway
         log.warning("an observer failed: %s", type(error).__name__)

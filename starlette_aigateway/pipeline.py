@@ -95,6 +95,7 @@ class Pipeline:
         self._plans: dict[str, Plan] = {}
         self._flights = Flights()
         self._renderer = prompts.Renderer()
+        self._cache_faults: set[str] = set()
         self._attempts = Attempts(
             ledger=services.ledger,
             clock=services.clock,
@@ -152,9 +153,7 @@ class Pipeline:
         relay = Relay(keep=self._s.cache.max_entry_bytes)
 
         async def work(job: Job[Done]) -> Done:
-            done = await self._attempts.stream(call, offer, job, relay)
-            await self._keep_stream(call, done, relay)
-            return done
+            return await self._attempt_stream(call, offer, job, relay)
 
         async with self._s.background.start(work, self._limit(call.deadline)) as job:
             try:
@@ -194,9 +193,7 @@ class Pipeline:
             if stored is not None:
                 await self._record_free(call, stored.provider, stored.content.model, stored.usage)
                 return self._stored_stream(call, stored)
-            done = await self._attempts.stream(call, await self._offer(call), job, relay)
-            await self._keep_stream(call, done, relay)
-            return done
+            return await self._attempt_stream(call, await self._offer(call), job, relay)
 
         def kept(result: Done | StoredStream) -> Outcome:
             return kept_hit(result) if isinstance(result, StoredStream) else kept_live(admitted[0], result, relay)
@@ -360,7 +357,11 @@ class Pipeline:
     async def _lookup(self, key: str | None, options: CallOptions) -> CachedAnswer | None:
         if key is None or not options.cache.read:
             return None
-        value = await self._s.responses.get(key)
+        try:
+            value = await self._s.responses.get(key)
+        except Exception as error:  # noqa: BLE001  # whatever a cache does is a miss, never an error of the call
+            self._cache_failed(error)
+            return None
         stored = None if value is None else caching.decode(value)
         if stored is None or not caching.fresh(stored, options.cache, self._s.clock(), self._s.cache.ttl):
             return None
@@ -419,6 +420,13 @@ class Pipeline:
             )
 
     async def _offer(self, call: Call) -> Offer:
+        try:
+            return await self._priced(call)
+        except AIGatewayError as error:
+            await self._give_tokens_back(call, error)
+            raise
+
+    async def _priced(self, call: Call) -> Offer:
         """The targets with their prices and with what each has to hold. Under a cap, those that cannot be held are left out."""
         plan, request = call.plan, call.request
         capped = any(owner.capped for _, owner in call.owners)
@@ -490,9 +498,27 @@ class Pipeline:
             self._flights.land(key, done if done is not None and _shareable(done) else None)
 
     async def _attempt(self, call: Call, offer: Offer, job: Job[Done]) -> Done:
-        done = await self._attempts.complete(call, offer, job)
+        try:
+            done = await self._attempts.complete(call, offer, job)
+        except AIGatewayError as error:
+            await self._give_tokens_back(call, error)
+            raise
         await self._keep(call, done)
         return done
+
+    async def _attempt_stream(self, call: Call, offer: Offer, job: Job[Done], relay: Relay) -> Done:
+        try:
+            done = await self._attempts.stream(call, offer, job, relay)
+        except AIGatewayError as error:
+            await self._give_tokens_back(call, error)
+            raise
+        await self._keep_stream(call, done, relay)
+        return done
+
+    async def _give_tokens_back(self, call: Call, error: AIGatewayError) -> None:
+        """A call that used nothing leaves the windows of tokens as they were. What may have been billed stays counted as estimated."""
+        if not isinstance(error, ProviderError) or error.billed == "no":
+            await self._s.limiter.correct(call.claims, 0, admitted_at=call.admitted_at)
 
     async def _serve_joined(self, call: Call, done: Done) -> Served:
         completion = done.completion
@@ -548,7 +574,17 @@ class Pipeline:
             size=len(value),
             policy=self._s.cache,
         ):
-            await self._s.responses.put(call.cache_key, value, self._s.cache.ttl)
+            try:
+                await self._s.responses.put(call.cache_key, value, self._s.cache.ttl)
+            except Exception as error:  # noqa: BLE001  # the answer is there and is paid for
+                self._cache_failed(error)
+
+    def _cache_failed(self, error: Exception) -> None:
+        """Says once what kind of failure it was."""
+        kind = type(error).__name__
+        if kind not in self._cache_faults:
+            self._cache_faults.add(kind)
+            log.warning("the response cache failed (%s); calls go on without it", kind)
 
     async def _correct_windows(self, call: Call, done: Done) -> None:
         if done.record is not None:

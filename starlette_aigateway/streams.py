@@ -45,7 +45,7 @@ class Meter:
         if isinstance(item, RawEvents):
             size = len(item.data)
         else:
-            size = len(item.native.body) if item.native is not None else len(item.text)
+            size = len(item.native.body) if item.native is not None else openai_chat.output_bytes((item,))
             self.usage = item.usage or self.usage
             self.finish_reason = item.finish_reason or self.finish_reason
             self.model = item.model or self.model

@@ -82,6 +82,16 @@ class EventWakeup:
         self._schedule(callback)
 
 
+def was_cancelled() -> bool:
+    """Whether a cancellation that has just been caught was meant for this task. On asyncio a task also sees one when something that it
+    waits for was cancelled; trio knows no such thing."""
+    try:
+        task = asyncio.current_task()
+    except RuntimeError:  # not asyncio
+        return True
+    return task is not None and task.cancelling() > 0
+
+
 def ring_all(wakeups: Sequence[Wakeup]) -> None:
     """Wakes every waiter, with one call into each event loop."""
     loops: dict[int, list[Wakeup]] = {}

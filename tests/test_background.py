@@ -162,9 +162,15 @@ async def test_in_a_critical_section_abandoned_work_is_not_cancelled_and_after_i
 
 
 async def test_work_that_never_ends_is_given_up_at_its_limit() -> None:
+    ended = False
+
     async def forever(job: Job[None]) -> None:
-        with job.critical(5):
+        nonlocal ended
+        with job.critical(0.01):
             await anyio.sleep_forever()
+        ended = True
+        await anyio.sleep_forever()
 
     with anyio.fail_after(5), pytest.raises(NoProviderAvailable):
-        await Background(grace=5).run(forever, limit=0.01)
+        await Background(grace=5).run(forever, limit=0.05)
+    assert ended, "a critical section ends at its own bound"

@@ -13,11 +13,14 @@ from starlette_aigateway import (
     Chunk,
     Completion,
     CompletionRequest,
+    Limits,
     NoProviderAvailable,
     Price,
+    PriceUnknown,
     Principal,
     ProviderError,
     RetryPolicy,
+    SpendCapExceeded,
     StorageUnavailable,
     Timeouts,
     UsageRecord,
@@ -25,6 +28,7 @@ from starlette_aigateway import (
 from starlette_aigateway.accounts import Hold, HoldRequest, Settlement
 from starlette_aigateway.stores.sqlite.ledger import SQLiteLedger
 from starlette_aigateway.testing.providers import Die, Hang, Say, ScriptedProvider
+from starlette_aigateway.wires import openai_chat
 
 pytestmark = pytest.mark.anyio
 
@@ -356,3 +360,155 @@ async def test_a_failure_that_charged_nothing_after_content_releases_the_hold(le
         with pytest.raises(ProviderError, match="refused late"):
             await _read(gateway, stream=True)
         assert await outcomes(gateway) == ["released"]
+
+
+# -- what a stranger found ---------------------------------------------------------------------------------------------
+
+
+async def test_a_steady_stream_outlives_a_short_timeout(ledger: FaultyLedger) -> None:
+    class Steady(Ticking):
+        timeout = 0.4
+
+        async def stream(self, request: CompletionRequest) -> AsyncIterator[Chunk]:
+            for _ in range(8):
+                await anyio.sleep(0.1)
+                yield Chunk(delta={"content": "word "})
+            yield Chunk(finish_reason="stop")
+
+    async with gateway_over(ledger, Steady(8)) as gateway:
+        await _read(gateway, stream=True)
+        assert await outcomes(gateway) == ["estimated"]
+
+
+async def test_a_reader_that_takes_nothing_is_not_blamed_on_the_provider(ledger: FaultyLedger) -> None:
+    class Patient(Ticking):
+        timeout = 0.05
+
+    async with gateway_over(ledger, Patient(200), timeouts=Timeouts(call=0.3, drain=0.05)) as gateway:
+        for _ in range(6):
+            async with gateway.stream(WHO, ask()) as stream:
+                with pytest.raises(NoProviderAvailable, match="nobody read"):
+                    await stalled(stream)
+        await _read(gateway, stream=True)
+        assert set(await outcomes(gateway)) == {"estimated"}
+
+
+async def stalled(stream: Any) -> None:
+    """Takes one chunk, waits until the gateway has given up, and then reads what is left."""
+    await anext(stream)
+    await anyio.sleep(0.5)
+    async for _ in stream:
+        pass
+
+
+async def test_a_drain_leaves_the_event_loop_to_others(ledger: FaultyLedger) -> None:
+    turns = 0
+    done = anyio.Event()
+
+    async def others() -> None:
+        nonlocal turns
+        while not done.is_set():
+            turns += 1
+            await anyio.lowlevel.checkpoint()
+
+    async with gateway_over(ledger, Ticking(2000), timeouts=Timeouts(drain=5)) as gateway, anyio.create_task_group() as group:
+        async with gateway.stream(WHO, ask()) as stream:
+            await anext(stream)
+        group.start_soon(others)
+        await until_booked(gateway)
+        done.set()
+    assert turns > 1000
+
+
+@pytest.mark.parametrize("verb", ["reserve", "settle"])
+async def test_a_ledger_that_hangs_is_waited_for_within_its_bound(ledger: FaultyLedger, verb: str) -> None:
+    timeouts = Timeouts(call=60, drain=60, settle=0.05, storage=0.05)
+    async with gateway_over(ledger, ScriptedProvider("hi"), timeouts=timeouts) as gateway:
+        ledger.hanging = {verb}
+        with anyio.fail_after(5):
+            if verb == "reserve":
+                with pytest.raises(StorageUnavailable):
+                    await gateway.complete(WHO, ask())
+            else:
+                assert (await gateway.complete(WHO, ask())).message["content"] == "hi"
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_an_observer_that_is_cancelled_by_itself_ends_nothing(ledger: FaultyLedger) -> None:
+    told: list[object] = []
+
+    async def odd(event: object) -> None:
+        told.append(event)
+        if len(told) == 1:
+            raise asyncio.CancelledError
+
+    gateway = AIGateway.in_memory(providers=[ScriptedProvider("a", "b")], prices=PRICES, ledger=ledger, observers=[odd])
+    async with gateway:
+        await gateway.complete(WHO, ask("1"))
+        await anyio.wait_all_tasks_blocked()
+        await gateway.complete(WHO, ask("2"))
+        await anyio.wait_all_tasks_blocked()
+    assert len(told) == 2
+
+
+@pytest.mark.parametrize("error", [GeneratorExit(), asyncio.CancelledError()])
+async def test_what_a_provider_raises_of_its_own_is_its_failure_and_the_next_one_answers(
+    ledger: FaultyLedger, error: BaseException
+) -> None:
+    second = ScriptedProvider("fine", "fine", name="second")
+    async with gateway_over(ledger, ScriptedProvider(Die(error), Die(error)), second) as gateway:
+        assert (await gateway.complete(WHO, ask("1"))).provider == "second"
+        assert await outcomes(gateway) == ["ambiguous", "completed"]
+
+
+async def test_what_was_refused_or_not_billed_takes_no_tokens_from_anybody(ledger: FaultyLedger) -> None:
+    free = ProviderError("down", billed="no", retryable=False, status=500)
+    settings: Any = {"limits": Limits(tokens_per_minute=1000), "retries": RetryPolicy(rounds=1)}
+    gateway = AIGateway.in_memory(providers=[ScriptedProvider(free, "hi")], prices=PRICES, ledger=ledger, **settings)
+    async with gateway:
+        poor = Principal("poor", hard_cap_usd="0.0001")
+        with pytest.raises(SpendCapExceeded):
+            await gateway.complete(poor, ask(max_tokens=900))
+        with pytest.raises(PriceUnknown):
+            await gateway.complete(poor, CompletionRequest(model="unpriced", messages=[{"role": "user", "content": "x"}], max_tokens=900))
+        with pytest.raises(ProviderError, match="down"):
+            await gateway.complete(WHO, ask("1", max_tokens=900))
+        await gateway.complete(WHO, ask("2", max_tokens=900))
+
+
+async def test_a_cache_of_the_host_s_own_that_fails_is_a_miss(ledger: FaultyLedger) -> None:
+    class Broken:
+        async def get(self, key: str) -> bytes | None:
+            raise OSError("disk")
+
+        async def put(self, key: str, value: bytes, ttl: float) -> None:
+            raise OSError("disk")
+
+        async def purge(self) -> int:
+            return 0
+
+    gateway = AIGateway.in_memory(providers=[ScriptedProvider("a", "b")], prices=PRICES, ledger=ledger, responses=Broken())
+    async with gateway:
+        assert (await gateway.complete(WHO, ask())).message["content"] == "a"
+        await _read(gateway, stream=True)
+
+
+async def test_an_odd_tool_delta_is_the_provider_s_error(ledger: FaultyLedger) -> None:
+    odd = [Chunk(delta={"tool_calls": [{"index": 0, "id": "a"}, 5]}), Chunk(finish_reason="stop")]
+    async with gateway_over(ledger, Odd(chunks=odd)) as gateway:
+        with pytest.raises(ProviderError):
+            await _read(gateway, stream=True)
+
+
+async def test_entering_a_gateway_twice_is_leaving_it_twice(ledger: FaultyLedger) -> None:
+    async with gateway_over(ledger, ScriptedProvider("a", "b")) as gateway:
+        async with gateway:
+            await gateway.complete(WHO, ask("1"))
+        await gateway.complete(WHO, ask("2"))
+
+
+async def test_many_tool_deltas_are_put_together_in_one_pass() -> None:
+    deltas = [Chunk(delta={"tool_calls": [{"index": 0, "function": {"arguments": "x" * 100}}]}) for _ in range(40_000)]
+    with anyio.fail_after(10):
+        (call,) = openai_chat.assemble(deltas).message["tool_calls"]
+    assert len(call["function"]["arguments"]) == 4_000_000

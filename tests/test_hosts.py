@@ -252,6 +252,12 @@ def test_a_resolver_that_fails_lets_nobody_through_and_its_own_refusals_keep_the
                 raise RuntimeError("secret dsn")
             case "late":
                 raise HTTPException(502)
+            case "redirect":
+                raise HTTPException(302, headers={"location": "/login", "content-length": "3"})
+            case "unchanged":
+                raise HTTPException(304)
+            case "object":
+                raise HTTPException(403, {"reason": object()})  # type: ignore[arg-type]  # FastAPI's takes any detail
             case "odd":
                 return "not a principal"
         return None
@@ -266,6 +272,9 @@ def test_a_resolver_that_fails_lets_nobody_through_and_its_own_refusals_keep_the
 
         assert status("teapot") == (418, "refused_by_host")
         assert status("broken") == status("late") == status("odd") == (503, "login_unavailable")
+        assert status("redirect") == (302, "refused_by_host")
+        assert status("object") == (403, "refused_by_host")
+        assert httpx.post(f"{base}/ai/complete", json={}, headers={"x-user": "unchanged"}).status_code == 304
         assert status("nobody") == (401, "missing_api_key")
         mistyped = httpx.post(f"{base}/ai/complete", json={}, headers={"x-user": "teapot", "authorization": "Bearer aigw_typo"})
         assert mistyped.status_code == 401, "a credential that looks like a stored key never reaches the resolver"

@@ -5,7 +5,6 @@ import pytest
 from starlette_aigateway import Price, ProviderError, Usage
 from starlette_aigateway.accounts import Hold
 from starlette_aigateway.policy import metering
-from starlette_aigateway.types import Completion
 
 PRICE = Price("1000", "2000")
 HOLD = Hold(id="use_1", amount=50_000_000, made_at=0.0, expires_at=60.0)
@@ -59,6 +58,15 @@ def test_a_client_that_left_pays_for_what_came_and_for_all_where_nothing_did() -
     assert (early.outcome, early.amount) == ("ambiguous", HOLD.amount)
 
 
-@pytest.mark.parametrize("usage", [None, Usage(input_tokens=-1, output_tokens=5), Usage(input_tokens=1, output_tokens=-5)])
+@pytest.mark.parametrize(
+    "usage",
+    [
+        None,
+        Usage(input_tokens=-1, output_tokens=5),
+        Usage(input_tokens=1, output_tokens=-5),
+        Usage(input_tokens=1, output_tokens=10**12),
+    ],
+)
 def test_a_usage_that_cannot_be_true_was_not_reported(usage: Usage | None) -> None:
-    assert metering.reported_usage(Completion(message={"role": "assistant"}, usage=usage)) is None
+    assert metering.plausible(usage) is None
+    assert metering.plausible(USAGE) == USAGE

@@ -11,7 +11,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from .. import errors
-from ..errors import AIGatewayError, ProviderError, RateLimitExceeded, SpendCapExceeded, SpendCapHeld
+from ..errors import AIGatewayError, ProviderError, RateLimitExceeded, RequestError, SpendCapExceeded, SpendCapHeld
 from ..types import WindowState
 
 STATUS: dict[type[AIGatewayError], tuple[int, str]] = {
@@ -109,8 +109,24 @@ def window_headers(states: Sequence[WindowState]) -> dict[str, str]:
     return headers
 
 
+BODILESS = frozenset({204, 205, 304})
+FRAMING = frozenset({"content-length", "content-type", "content-encoding", "transfer-encoding"})
+
+
 def host_refusal(refusal: HTTPException, request_id: str) -> Response:
-    """A refusal by the host's own login, with its status and headers, in our shape."""
-    error = AIGatewayError(refusal.detail, code="refused_by_host")
+    """A refusal by the host's own login, with its status and headers, in our shape. `detail` may be any object."""
+    headers = {name: value for name, value in (refusal.headers or {}).items() if name.lower() not in FRAMING}
+    if refusal.status_code < 200 or refusal.status_code in BODILESS:
+        return Response(status_code=refusal.status_code, headers=headers)
+    detail: object = refusal.detail
+    known = isinstance(detail, str)
+    error = RequestError(
+        str(detail) if known else "refused by this service", code="refused_by_host", details=None if known else {"detail": detail}
+    )
     error.request_id = request_id
-    return Response(msgspec.json.encode(error_object(error)), refusal.status_code, dict(refusal.headers or {}), "application/json")
+    try:
+        body = msgspec.json.encode(error_object(error))
+    except (TypeError, ValueError, RecursionError, msgspec.MsgspecError):  # an object of the host's that is no JSON
+        error.details = None
+        body = msgspec.json.encode(error_object(error))
+    return Response(body, refusal.status_code, headers, "application/json")

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from ..accounts import Hold, Outcome, Settlement
 from ..errors import ProviderError
-from ..types import Completion, Price, Usage
+from ..types import Price, Usage
 from . import pricing
+
+MAX_TOKENS = 10**9
+"""No answer has more; whoever reports more reports nonsense."""
 
 
 def completed(
@@ -48,9 +51,8 @@ def abandoned(hold: Hold, price: Price | None, *, received: Usage | None, latenc
     return Settlement(outcome="estimated", amount=pricing.cost(received, price), usage=received, latency_ms=latency_ms)
 
 
-def reported_usage(completion: Completion) -> Usage | None:
-    """The usage of an answer, if the provider gave one that can be true."""
-    usage = completion.usage
-    if usage is None or usage.input_tokens < 0 or usage.output_tokens < 0:
+def plausible(usage: Usage | None) -> Usage | None:
+    """The usage that a provider reported, if it can be true."""
+    if usage is None or not (0 <= usage.input_tokens <= MAX_TOKENS and 0 <= usage.output_tokens <= MAX_TOKENS):
         return None
     return usage

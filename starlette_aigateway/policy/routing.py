@@ -143,6 +143,11 @@ class Circuit(Struct):
             return None
         return self.opened_at + self.cooldown
 
+    def probe(self, now: float) -> None:
+        """A call tries a target whose circuit was open: the others go on passing it over until that one is through."""
+        if self.opened_at is not None:
+            self.opened_at = now
+
     def succeeded(self) -> None:
         self.failures = 0
         self.opened_at = None

@@ -271,6 +271,9 @@ def _checked_chunk(chunk: Any, name: str) -> Chunk:
     if not _is_count(chunk.index):
         raise _nonsense(name, "an index that is not a count")
     _check_common(chunk, name)
+    calls = chunk.delta.get("tool_calls")
+    if calls is not None and not (isinstance(calls, list) and all(isinstance(call, dict) for call in calls)):
+        raise _nonsense(name, "tool calls that are not a list of objects")
     fault = json_fault(chunk.delta)
     if fault is not None:
         raise _nonsense(name, f"a delta that is not JSON: {fault.message}")

@@ -269,12 +269,27 @@ def assemble(items: Iterable[StreamItem]) -> Completion:
         if chunk.index == 0:
             finish_reason = chunk.finish_reason or finish_reason
             _merge(message, chunk.delta)
+    message = _joined(message)
     if isinstance(calls := message.get("tool_calls"), list):
-        message["tool_calls"] = [{name: value for name, value in call.items() if name != "index"} for call in calls]
+        message["tool_calls"] = [
+            {name: value for name, value in call.items() if name != "index"} for call in calls if isinstance(call, Mapping)
+        ]
     return Completion(message=cast("Message", message), finish_reason=finish_reason, usage=usage, model=model, id=identity)
 
 
 _NOT_JOINED = frozenset({"role", "id", "type", "name", "index"})
+
+
+class _Text(list[str]):
+    """A string that comes in pieces; joined once, at the end."""
+
+
+class _Members(list[Any]):
+    """A list whose objects come in pieces, each named by its index."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.by_index: dict[int, dict[str, Any]] = {}
 
 
 def _merge(target: dict[str, Any], delta: Mapping[str, Any]) -> None:
@@ -283,27 +298,44 @@ def _merge(target: dict[str, Any], delta: Mapping[str, Any]) -> None:
         if value is None:
             continue
         known = target.get(name)
-        if isinstance(value, str) and isinstance(known, str) and name not in _NOT_JOINED:
-            target[name] = known + value
+        if isinstance(value, str) and name not in _NOT_JOINED:
+            if not isinstance(known, _Text):
+                known = target[name] = _Text()
+            known.append(value)
         elif isinstance(value, Mapping):
             inner = target[name] = known if isinstance(known, dict) else {}
             _merge(inner, value)
         elif isinstance(value, list | tuple):
-            members = target[name] = known if isinstance(known, list) else []
+            members = target[name] = known if isinstance(known, _Members) else _Members()
             _merge_list(members, value)
         elif not (name in _NOT_JOINED and known and not value):
             target[name] = value
 
 
-def _merge_list(members: list[Any], delta: Sequence[Any]) -> None:
+def _merge_list(members: _Members, delta: Sequence[Any]) -> None:
     for value in delta:
-        index = value.get("index") if isinstance(value, Mapping) else None
-        same = next((member for member in members if isinstance(member, dict) and member.get("index") == index), None)
-        if index is None or same is None:
-            same = {} if isinstance(value, Mapping) else None
-            members.append(value if same is None else same)
-        if same is not None:
-            _merge(same, value)
+        if not isinstance(value, Mapping):
+            members.append(value)
+            continue
+        index = value.get("index")
+        same = members.by_index.get(index) if isinstance(index, int) else None
+        if same is None:
+            same = {}
+            members.append(same)
+            if isinstance(index, int):
+                members.by_index[index] = same
+        _merge(same, value)
+
+
+def _joined(value: Any) -> Any:
+    """What `_merge` has put together, as plain values."""
+    if isinstance(value, _Text):
+        return "".join(value)
+    if isinstance(value, dict):
+        return {name: _joined(member) for name, member in value.items()}
+    if isinstance(value, list):
+        return [_joined(member) for member in value]
+    return value
 
 
 def output_bytes(items: Iterable[StreamItem]) -> int:
