@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import anyio
+import anyio.lowlevel
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -439,8 +440,11 @@ async def test_refusals_free_the_key(stream: bool) -> None:
 
 
 @both_ways
-async def test_an_answer_that_is_too_large_is_billed_once_all_the_same(stream: bool) -> None:
-    provider = ScriptedProvider(Say("word " * 500))
+@pytest.mark.parametrize(
+    "answer", [Say("word " * 500), Say(message={"role": "assistant", "content": "word " * 500})], ids=["many pieces", "one piece"]
+)
+async def test_an_answer_that_is_too_large_is_billed_once_all_the_same(answer: Say, stream: bool) -> None:
+    provider = ScriptedProvider(answer)
     async with gateway_with(
         provider, idempotency_policy=IdempotencyPolicy(max_answer_bytes=1000), cache=CachePolicy(max_entry_bytes=1000)
     ) as gateway:
@@ -505,10 +509,11 @@ async def test_a_stream_that_is_left_early_is_read_on_and_given_again_whole() ->
 
 
 @both_ways
-async def test_a_call_that_is_given_up_after_its_caller_left_was_billed_and_stays_so(stream: bool) -> None:
+async def test_a_call_that_is_given_up_after_its_caller_left_was_billed_and_stays_so(store: FaultyStore, stream: bool) -> None:
     arrived = anyio.Event()
     provider = ScriptedProvider(Hang(arrived))
-    async with gateway_with(provider, timeouts=Timeouts(drain=0.02)) as gateway:
+    store.failing = {"keep": 1}
+    async with gateway_with(provider, timeouts=Timeouts(drain=0.02), idempotency=store) as gateway:
         async with anyio.create_task_group() as group:
             group.start_soon(lambda: call(gateway, ask(), stream=stream))
             await arrived.wait()
@@ -516,12 +521,9 @@ async def test_a_call_that_is_given_up_after_its_caller_left_was_billed_and_stay
         with anyio.fail_after(10):
             while not await records(gateway):
                 await anyio.sleep(0.005)
-        code = "idempotency_in_progress"
-        while code == "idempotency_in_progress":
-            with pytest.raises(Conflict) as raised:
-                await call(gateway, ask(), stream=stream)
-            code = raised.value.code
-        assert code == "idempotency_answer_not_kept"
+        with pytest.raises(Conflict) as raised:
+            await settled(gateway, stream=stream)
+        assert raised.value.code == "idempotency_answer_not_kept"
         assert len(provider.calls) == 1
 
 
@@ -579,6 +581,7 @@ class FaultyStore(SQLiteIdempotencyStore):
     async def _fault(self, verb: str) -> None:
         self.asked.append(verb)
         self.at(verb)
+        await anyio.lowlevel.checkpoint()  # as a store over a network, whose verb is lost when it is cancelled
         if verb in self.hanging:
             await anyio.sleep_forever()
         if self.failing.get(verb, 0) > 0:
@@ -618,7 +621,7 @@ async def test_a_store_that_is_away_or_never_answers_lets_nothing_through(store:
         with pytest.raises(StorageUnavailable):
             await call(gateway, ask(), stream=stream)
         store.hanging = {"claim"}
-        with pytest.raises(StorageUnavailable) as raised:
+        with anyio.fail_after(10), pytest.raises(StorageUnavailable) as raised:
             await call(gateway, ask(), stream=stream)
         assert raised.value.code == "storage_unavailable"
         store.hanging = set()
@@ -668,7 +671,8 @@ async def test_the_claim_of_a_running_call_is_renewed_also_when_the_store_is_awa
     provider = ScriptedProvider(After(store.renewed, Say("hi")))
     async with gateway_with(provider, idempotency=store, clock=clock) as gateway:
         store.failing = {"renew": 1}
-        assert (await call(gateway, ask(), stream=False)).text == "hi"
+        with anyio.fail_after(10):
+            assert (await call(gateway, ask(), stream=False)).text == "hi"
         assert store.asked.count("renew") >= 2
 
 
