@@ -255,7 +255,7 @@ class Attempts:
         step = next_step(plan, failures, now=monotonic(), deadline=call.deadline, policy=self._retries, opens_at=self._opens_at)
         if isinstance(step, Try) and step.delay == 0:
             try:
-                return await self._begin(call, offer, job, step.target, failures, unresolved)
+                return await self._probe(call, offer, job, step.target, failures, unresolved)
             except StorageUnavailable:
                 await self._give_back(job, unresolved)
                 raise
@@ -263,7 +263,20 @@ class Attempts:
         if isinstance(step, GiveUp):
             raise _exhausted(step.error)
         await anyio.sleep(step.delay)
-        return await self._begin(call, offer, job, step.target, failures, None)
+        return await self._probe(call, offer, job, step.target, failures, None)
+
+    async def _probe(
+        self, call: Call, offer: Offer, job: Job[Done], target: Target, failures: Sequence[Failure], replaces: Hold | None
+    ) -> Attempt:
+        """Where the circuit of `target` was open, this attempt tries it for all: the others go on passing it over until it is through."""
+        circuit = self._circuits.get(target)
+        opened_at = circuit.probe(monotonic()) if circuit is not None else None
+        try:
+            return await self._begin(call, offer, job, target, failures, replaces)
+        except BaseException:
+            if circuit is not None and opened_at is not None:
+                circuit.opened_at = opened_at
+            raise
 
     async def _give_back(self, job: Job[Done], hold: Hold | None) -> None:
         if hold is not None:
@@ -307,8 +320,6 @@ class Attempts:
         if job.abandoned:
             await self._release(job, hold)
             raise shut_down()
-        if circuit := self._circuits.get(target):
-            circuit.probe(monotonic())
         return Attempt(call, offer, priced, request.attempt, hold, self._timeouts)
 
     async def _reserve(self, job: Job[Done], request: HoldRequest, now: float) -> Hold:

@@ -1,5 +1,6 @@
 """The way of one call, in process: what is booked, what is refused, what is answered from the cache, and who is asked next."""
 
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from decimal import Decimal
@@ -367,6 +368,24 @@ async def test_a_failing_target_is_left_alone_for_a_while() -> None:
         with pytest.raises(NoProviderAvailable) as raised:
             await gateway.complete(NOBODY, ask("6"))
         assert raised.value.retry_after is not None
+
+
+async def test_after_the_cooldown_one_call_tries_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    go, arrived = anyio.Event(), anyio.Event()
+    errors = [ProviderError("down", billed="no", status=500) for _ in range(5)]
+    provider = ScriptedProvider(*errors, After(go, Say("up"), arrived), "more")
+    async with gateway_with(provider) as gateway:
+        for number in range(5):
+            with pytest.raises(ProviderError, match="down"):
+                await gateway.complete(NOBODY, ask(str(number)))
+        monkeypatch.setattr("starlette_aigateway.attempts.monotonic", lambda: time.monotonic() + 31)
+        async with anyio.create_task_group() as group:
+            group.start_soon(gateway.complete, NOBODY, ask("first"))
+            await arrived.wait()
+            with pytest.raises(NoProviderAvailable):
+                await gateway.complete(NOBODY, ask("second"))
+            go.set()
+        await gateway.complete(NOBODY, ask("third"))
 
 
 async def test_a_retry_at_the_same_provider_only_follows_a_failure_that_charged_nothing() -> None:

@@ -97,6 +97,8 @@ def test_a_circuit_opens_after_failures_in_a_row_and_lets_one_try_after_its_cool
     circuit.failed(3.0)
     assert circuit.opens_at(4.0) == 33.0
     assert circuit.opens_at(33.0) is None
+    assert circuit.probe(33.0) == 3.0
+    assert circuit.opens_at(34.0) == 63.0, "one call tries, the others wait for it"
     circuit.succeeded()
     assert circuit.opens_at(4.0) is None
 

@@ -143,10 +143,12 @@ class Circuit(Struct):
             return None
         return self.opened_at + self.cooldown
 
-    def probe(self, now: float) -> None:
-        """A call tries a target whose circuit was open: the others go on passing it over until that one is through."""
-        if self.opened_at is not None:
+    def probe(self, now: float) -> float | None:
+        """A call tries a target whose circuit was open: for others it stays open until that one is through. Since when it was open."""
+        opened_at = self.opened_at
+        if opened_at is not None:
             self.opened_at = now
+        return opened_at
 
     def succeeded(self) -> None:
         self.failures = 0
