@@ -13,6 +13,7 @@ MONEY_PATH = (
     "policy/estimate.py",
     "policy/metering.py",
     "stores/sqlite/ledger*.py",
+    "admission.py",
     "attempts.py",
     "pipeline.py",
     "streams.py",

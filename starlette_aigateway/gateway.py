@@ -31,7 +31,7 @@ from .idempotency import Idempotency
 from .lifecycle import Lifecycle
 from .limiter import Limiter
 from .observing import Observers
-from .pipeline import Pipeline, Services
+from .pipeline import Pipeline
 from .policy import keys as key_policy
 from .policy.caching import CachePolicy
 from .policy.estimate import MIN_OUTPUT_TOKENS
@@ -41,6 +41,7 @@ from .policy.routing import RetryPolicy
 from .protocols import Clock, IdempotencyStore, KeyStore, Ledger, Observer, PriceStore, PromptStore, ResponseCache, TenantStore
 from .providers.simple import RegisteredProvider, adapt
 from .public_prices import PublicPrices
+from .services import Services
 from .stores.sqlite.config import ConfigDatabase
 from .stores.sqlite.connection import prepare_directory
 from .stores.sqlite.idempotency import SQLiteIdempotencyStore

@@ -24,8 +24,8 @@ LAYERS: tuple[dict[str, set[str]], ...] = (
     },
     {
         "pipeline": {
-            "administration", "attempts", "background", "calls", "channel", "flights", "idempotency", "lifecycle", "observing", "pipeline",
-            "replay", "streams",
+            "administration", "admission", "answers", "attempts", "background", "calls", "channel", "flights", "idempotency", "lifecycle",
+            "observing", "pipeline", "replay", "services", "streams",
         }
     },
     {"http": {"http"}},

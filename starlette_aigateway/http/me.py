@@ -11,7 +11,7 @@ from .exchange import Exchange
 async def me(exchange: Exchange) -> Response:
     exchange.query()
     principal = exchange.principal
-    windows = await exchange.pipeline.windows(principal)
+    windows = await exchange.pipeline.admission.windows(principal)
     budgets = await exchange.administration.budgets(principal)
     return exchange.answer(
         {
@@ -19,7 +19,7 @@ async def me(exchange: Exchange) -> Response:
             "tenant": principal.tenant_id,
             "key_id": principal.key_id,
             "allowed_models": principal.allowed_models,
-            **shapes.limits(exchange.pipeline.limits(principal)),
+            **shapes.limits(exchange.pipeline.admission.limits(principal)),
             "windows": [shapes.window(state) for state in windows],
             "budgets": [shapes.budget(budget) for budget in budgets],
         }

@@ -72,7 +72,7 @@ class Slot(Struct, frozen=True):
 def slot(principal: Principal, request: CompletionRequest, options: CallOptions, *, stream: bool) -> Slot:
     """Raises `InvalidRequest` for a key that is none, and for a request that no JSON can carry, which cannot be compared."""
     key = check_key(options.idempotency_key)
-    return Slot(_digest((SLOT_VERSION, principal.id, options.route, key)), fingerprint(request, stream=stream))
+    return Slot(_digest((SLOT_VERSION, principal.tenant_id, principal.id, options.route, key)), fingerprint(request, stream=stream))
 
 
 def check_key(key: Any) -> str:

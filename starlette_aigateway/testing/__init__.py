@@ -6,6 +6,7 @@ your own is held to what the gateway relies on. It needs pytest with anyio's plu
 
 from .cache import ResponseCacheContract, SharedResponseCacheContract
 from .clock import FakeClock
+from .idempotency import IdempotencyContract
 from .keys import KeyStoreContract
 from .ledger import LedgerContract
 from .prices import PriceStoreContract
@@ -20,6 +21,7 @@ __all__ = [
     "Die",
     "FakeClock",
     "Hang",
+    "IdempotencyContract",
     "KeyStoreContract",
     "LedgerContract",
     "LimitsContract",
