@@ -78,8 +78,8 @@ class Model:
             self.resolve(request.replaces, 0)
         day = max(self.latest_day, day_number(now))
         verdict = self.verdict(request, periods_of(day))
+        self.latest_day = day  # seen is seen, also by a request that is refused
         if isinstance(verdict, int):
-            self.latest_day = day
             self.holds[request.id] = Held(request, verdict, day, request.expires_at)
         return verdict
 
