@@ -362,14 +362,11 @@ class Attempts:
         await self._resolve(job, hold, lambda: self._ledger.release(hold.id, now=self._clock()))
 
     async def _resolve(self, job: Job[Done], hold: Hold, resolve: Callable[[], Awaitable[T]]) -> T | None:
-        deadline = monotonic() + self._timeouts.settle
         with job.critical(self._timeouts.settle):
             while True:
                 try:
                     return await resolve()
                 except StorageUnavailable:
-                    if monotonic() > deadline:
-                        break
                     await anyio.sleep(0.1)
         log.error("hold %s could not be resolved; its lease will book it in full", hold.id)
         return None

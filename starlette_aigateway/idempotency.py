@@ -9,7 +9,6 @@ import logging
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
-from time import monotonic
 from typing import Any, TypeVar
 
 import anyio
@@ -107,15 +106,11 @@ class Idempotency:
     async def _conclude(self, job: Job[Any], slot: Slot, holder: str, outcome: Outcome | None) -> None:
         """Keeps `outcome`, or frees the key where there is none. Retried while the store is away."""
         value = None if outcome is None else policy.encode(outcome, max_bytes=self._policy.max_answer_bytes)
-        patience = self._timeouts.settle
-        deadline = monotonic() + patience
-        with job.critical(patience):
+        with job.critical(self._timeouts.settle):
             while True:
                 try:
                     await self._write(slot, holder, value)
                 except StorageUnavailable:
-                    if monotonic() > deadline:
-                        break
                     await anyio.sleep(0.1)
                 else:
                     return

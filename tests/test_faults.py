@@ -1,6 +1,7 @@
 """What goes wrong in the middle of a call: a ledger that is away or never answers, a caller cancelled at any await, leases, drains."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 
 from starlette_aigateway import (
     AIGateway,
+    CacheControl,
     Chunk,
     Completion,
     CompletionRequest,
@@ -28,6 +30,7 @@ from starlette_aigateway import (
 from starlette_aigateway.accounts import Hold, HoldRequest, Settlement
 from starlette_aigateway.stores.sqlite.ledger import SQLiteLedger
 from starlette_aigateway.testing.providers import Die, Hang, Say, ScriptedProvider
+from starlette_aigateway.types import Native
 from starlette_aigateway.wires import openai_chat
 
 pytestmark = pytest.mark.anyio
@@ -512,3 +515,39 @@ async def test_many_tool_deltas_are_put_together_in_one_pass() -> None:
     with anyio.fail_after(10):
         (call,) = openai_chat.assemble(deltas).message["tool_calls"]
     assert len(call["function"]["arguments"]) == 4_000_000
+
+
+# -- circuits ----------------------------------------------------------------------------------------------------------
+
+
+async def test_a_call_that_is_refused_before_it_could_try_leaves_the_circuit_as_it_was(
+    ledger: FaultyLedger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    down = [ProviderError("down", billed="no", status=500) for _ in range(5)]
+    async with gateway_over(ledger, ScriptedProvider(*down, "up")) as gateway:
+        for number in range(5):
+            with pytest.raises(ProviderError, match="down"):
+                await gateway.complete(WHO, ask(str(number)))
+        monkeypatch.setattr("starlette_aigateway.attempts.monotonic", lambda: time.monotonic() + 31)
+        with pytest.raises(SpendCapExceeded):
+            await gateway.complete(Principal("poor", hard_cap_usd="0.0001"), ask("5"))
+        assert (await gateway.complete(WHO, ask("6"))).message["content"] == "up"
+
+
+async def test_any_number_of_failing_targets_is_remembered_within_a_bound(ledger: FaultyLedger, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("starlette_aigateway.attempts.MAX_CIRCUITS", 2)
+    down = ScriptedProvider(ProviderError("down", billed="no", status=500), repeat=True)
+    async with gateway_over(ledger, down) as gateway:
+        for number in range(5):
+            with pytest.raises(ProviderError, match="down"):
+                await gateway.complete(Principal("x"), CompletionRequest(model=f"m{number}", messages=[{"role": "user", "content": "x"}]))
+
+
+async def test_a_whole_answer_without_usage_counts_all_of_the_provider_s_own_body(ledger: FaultyLedger) -> None:
+    body = b'{"choices": [' + b" " * 500 + b"]}"
+    answer = Completion(message={"role": "assistant", "content": "hi"}, native=Native("openai_chat", body))
+    async with gateway_over(ledger, Odd(answer)) as gateway:
+        await gateway.complete(WHO, ask(max_tokens=1000), cache=CacheControl(read=False, store=False))
+        (record,) = (await gateway.usage()).data
+        assert record.outcome == "estimated"
+        assert record.usage.output_tokens >= 500
