@@ -19,6 +19,7 @@ from anyio.abc import TaskGroup
 from anyio.lowlevel import current_token
 
 from .errors import NoProviderAvailable
+from .wakeup import Latch
 
 T = TypeVar("T")
 Work = Callable[["Job[T]"], Awaitable[T]]
@@ -32,7 +33,7 @@ class Job(Generic[T]):
         self._work = work
         self._grace = grace
         self._scope = anyio.CancelScope(deadline=anyio.current_time() + limit, shield=True)
-        self._done = anyio.Event()
+        self._done = Latch()
         self._value: T
         self._error: BaseException | None = None
         self.abandoned = False
@@ -68,7 +69,7 @@ class Job(Generic[T]):
 
     @property
     def done(self) -> bool:
-        return self._done.is_set()
+        return self._done.is_set
 
     async def finished(self) -> None:
         await self._done.wait()

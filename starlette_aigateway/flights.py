@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import anyio
 from anyio.lowlevel import current_token
 
 from .calls import Done
+from .wakeup import Latch
 
 
 class Flight:
     """A call in the air. `done` is what it brought, once `landed` is set; None if it failed or may not be shared."""
 
     def __init__(self) -> None:
-        self.landed = anyio.Event()
+        self.landed = Latch()
         self.done: Done | None = None
 
 

@@ -24,6 +24,7 @@ from .administration import Administration
 from .background import Background
 from .cache import DiskResponseCache
 from .caller import Caller
+from .entropy import Pool
 from .errors import ConfigurationError, InvalidArgument
 from .http.app import HTTPApp
 from .http.door import AuthorizeAdmin, Door, ResolvePrincipal
@@ -139,6 +140,7 @@ class AIGateway(Administration):
         self._embedded = embedded if data_dir is not None else None
         self._providers: dict[str, RegisteredProvider] = {}
         self._observers = Observers(observers)
+        self._ids = Pool(random)
         self._public_prices = PublicPrices(clock=clock) if public_prices else None
         self._background = Background(timeouts.drain)
         self._entered: dict[int, list[AbstractAsyncContextManager[None]]] = {}
@@ -161,7 +163,7 @@ class AIGateway(Administration):
                 prices=PriceBook(prices, self._public_prices),
                 background=self._background,
                 clock=clock,
-                random=random,
+                random=self._ids,
                 emit=self._observers.emit,
                 limits=self._limits,
                 default_limits=default_limits,
@@ -308,7 +310,7 @@ class AIGateway(Administration):
             await self._observers.flush()
 
     def mint_request_id(self) -> str:
-        return key_policy.mint_id("req_", self._clock(), self._random)
+        return key_policy.mint_id("req_", self._clock(), self._ids)
 
     def acting_as(self, principal: Principal) -> Caller:
         """The gateway as `principal` sees it, for jobs and for whoever knows already who acts."""

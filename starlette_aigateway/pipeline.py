@@ -234,7 +234,7 @@ class Pipeline:
         if flight is not None:
             with anyio.move_on_after(call.deadline - monotonic()):
                 await flight.landed.wait()
-            if not flight.landed.is_set():
+            if not flight.landed.is_set:
                 raise ProviderTimeout("an identical call was waited for, and did not end in time", billed="no")
             if flight.done is not None and flight.done.completion is not None:
                 return await self._serve_joined(call, flight.done)

@@ -11,8 +11,6 @@ from collections.abc import Sequence
 from decimal import Decimal
 from typing import Self
 
-import anyio
-
 from . import money
 from .background import Job
 from .calls import Call, Done
@@ -21,6 +19,7 @@ from .errors import AIGatewayError
 from .policy.caching import CachedAnswer
 from .policy.windows import WindowState
 from .types import CacheStatus, Chunk, RawEvents, StreamItem, Usage
+from .wakeup import Latch
 from .wires import openai_chat
 
 BUFFERED_ITEMS = 16
@@ -70,7 +69,7 @@ class Relay:
 
     def __init__(self, keep: int) -> None:
         self.channel: Channel[StreamItem] = Channel(BUFFERED_ITEMS)
-        self.opened = anyio.Event()
+        self.opened = Latch()
         self.closed = False
         self.provider = ""
         self.lowered_to: int | None = None
@@ -89,7 +88,7 @@ class Relay:
     @property
     def committed(self) -> bool:
         """Content of this attempt has gone out: no other provider may answer any more."""
-        return self.opened.is_set()
+        return self.opened.is_set
 
     @property
     def left(self) -> bool:
@@ -100,7 +99,7 @@ class Relay:
         """Hands `item` to the reader, if there still is one."""
         if self.left:
             self.drained += size
-        elif self.opened.is_set():
+        elif self.opened.is_set:
             self.channel.put(item)
         else:
             self._withheld.append(item)
