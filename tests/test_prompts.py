@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from starlette_aigateway.accounts import StoredPrompt
 from starlette_aigateway.errors import InvalidArgument, InvalidRequest, UnprocessableRequest
-from starlette_aigateway.policy import prompts
+from starlette_aigateway.policy import prompts, templates
 
 
 def prompt(*contents: Any) -> StoredPrompt:
@@ -95,9 +98,9 @@ def test_a_variable_that_templates_cannot_have_is_refused() -> None:
         "{{ who|length }}",
         "{{ who + 1 }}",
         "{{ who ~ 'x' }}",
-        *(f"{{{{ who|{name} }}}}" for name in prompts.TOLERANT_FILTERS),
+        *(f"{{{{ who|{name} }}}}" for name in templates.FILTERS),
         "{{ who|join(', ') }}",
-        "{% set a = who|tojson %}{{ a }}",
+        "{% for x in who|sort %}{{ x }}{% endfor %}",
     ],
 )
 def test_a_missing_variable_is_named_with_its_prompt(template: str) -> None:
@@ -141,9 +144,190 @@ def test_a_template_that_fails_or_runs_away_is_stopped(template: str) -> None:
     assert error.param == "prompt"
 
 
+SCRIPT = """
+import json, resource, sys
+from datetime import UTC, datetime
+from starlette_aigateway.accounts import StoredPrompt
+from starlette_aigateway.errors import InvalidRequest
+from starlette_aigateway.policy import prompts
+resource.setrlimit(resource.RLIMIT_AS, (640 * 2**20, 640 * 2**20))
+values = {
+    "text": "a" * 2_000_000, "old": "a", "new": "b" * 1_000_000, "word": "x" * 500, "n": 2**40, "wide": "\\u00df\\x01" * 500_000,
+    "items": [{"name": "y" * 300, "tags": ["z" * 100] * 5} for _ in range(1500)], "numbers": list(range(5000)),
+}
+for line in sys.stdin:
+    content = json.loads(line)
+    stored = StoredPrompt(name="p", version=1, messages=[{"role": "user", "content": content}], created_at=datetime.now(UTC))
+    try:
+        result = "rendered" if len(prompts.render(stored, values)[0]["content"]) <= prompts.MAX_RENDERED else "too long"
+    except InvalidRequest as error:
+        result = error.code
+    print(result, flush=True)
+"""
+"""Renders templates with large variables in a process that has 640 MB to live in: where minijinja runs out of memory, it aborts."""
+
+
+def rendered_in_a_small_process(contents: Sequence[str]) -> list[str]:
+    lines = "".join(json.dumps(content) + "\n" for content in contents)
+    done = subprocess.run(  # our own interpreter and script
+        [sys.executable, "-W", "error", "-c", SCRIPT], input=lines, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout.splitlines()
+
+
+BOMBS = [
+    "{{ text|replace(old, new) }}",
+    "{{ ('a'*1000000)|replace('a', 'b'*100000) }}",
+    "{{ 'a' * 100000000 }}",
+    "{{ word * n }}",
+    "{{ [1] * 100000000 }}",
+    "{{ 10 ** 30 ** 30 }}",
+    "{{ text.replace(old, new) }}",
+    "{{ text | map('replace', old, new) | join }}",
+    "{% for i in range(100000) %}{{ text }}{% endfor %}",
+    "{% for i in range(100000) %}{% if text == text ~ word %}{% endif %}{% endfor %}",
+    "{% for i in range(100000) %}" + "r" * 200_000 + "{% endfor %}",
+    "{% set a = text %}" + "{% set a = a ~ a %}" * 30 + "{{ a }}",
+    "{% with a = text ~ text %}{{ a ~ a }}{% endwith %}",
+    "{% filter replace(old, new) %}" + "a" * 1000 + "{% endfilter %}",
+    "{% macro m(a) %}{{ m(a ~ a) }}{% endmacro %}{{ m(text) }}",
+    "".join(f"{{% for a{i + 1} in [a{i} ~ a{i}] %}}" for i in range(30)).replace("a0", "text") + "{{ a30 }}" + "{% endfor %}" * 30,
+    "{{ text" + " ~ text" * 40 + " }}",
+    "{{ text }}" * 900,
+    "{% for i in range(1000) %}{% for x in items %}{{ items|tojson(64) }}{% endfor %}{% endfor %}",
+    "{{ text|split('')|join(new) }}",
+    "{{ numbers|join(new) }}",
+    "{{ wide|tojson|tojson|tojson|tojson|tojson|tojson|tojson }}",
+    "{{ text|indent(64)|list|join(new) }}",
+]
+
+
+@pytest.mark.parametrize("bomb", BOMBS)
+def test_a_template_that_would_eat_the_memory_is_refused_and_the_process_lives(bomb: str) -> None:
+    assert rendered_in_a_small_process([bomb]) == ["prompt_render_failed"]
+
+
+NAMES = st.sampled_from(
+    ["text", "old", "new", "word", "n", "wide", "items", "numbers", "items[0].name", "items[3].tags", "'q'", "7", "range(99999)"]
+)
+FILTERED = st.sampled_from(
+    [
+        *(f"|{name}" for name in sorted(templates.FILTERS.keys() | templates.NATIVE_FILTERS)),
+        "|replace(old, new)",
+        "|join(new)",
+        "|tojson(64)",
+        "|indent(64)",
+        "|split(old)",
+        "|default(text)",
+        "|sort(attribute='name')",
+        "|truncate(n)",
+    ]
+)
+PIPED = st.builds(lambda name, filters: name + "".join(filters), NAMES, st.lists(FILTERED, max_size=3))
+EXPRESSIONS = st.recursive(
+    PIPED,
+    lambda inner: st.builds(lambda a, sign, b: f"({a} {sign} {b})", inner, st.sampled_from(["~", "+", "==", "<", "in", "-", "%"]), inner),
+    max_leaves=6,
+)
+TEMPLATES = st.recursive(
+    st.builds(lambda value: f"{{{{ {value} }}}}", EXPRESSIONS),
+    lambda inner: st.one_of(
+        st.builds(lambda head, body: f"{{% for x in {head} %}}{body}{{{{ x }}}}{{% endfor %}}", PIPED, inner),
+        st.builds(lambda test, body: f"{{% if {test} %}}{body}{{% else %}}-{{% endif %}}", EXPRESSIONS, inner),
+        st.builds(lambda a, b: a + b, inner, inner),
+    ),
+    max_leaves=5,
+)
+
+
+@settings(max_examples=3, deadline=None)
+@given(st.lists(TEMPLATES, min_size=20, max_size=40))
+def test_no_accepted_template_kills_the_process(contents: list[str]) -> None:
+    results = rendered_in_a_small_process(contents)
+    assert len(results) == len(contents)
+    assert set(results) <= {"rendered", "prompt_render_failed", "missing_variable"}
+
+
+@pytest.mark.parametrize(
+    ("template", "why"),
+    [
+        ("a\n{% set x = 1 %}", "line 2: a prompt cannot use {% set %}"),
+        ("{{ a|nosuch }}", "no filter 'nosuch'"),
+        ("{{ a is nosuch }}", "no test 'nosuch'"),
+        ("{{ a is not nosuch(1) }}", "no test 'nosuch'"),
+        ("{{ a.b() }}", "call nothing but range"),
+        ("{{ a['b']() }}", "call nothing but range"),
+        ("{{ a.range(1) }}", "call nothing but range"),
+        ("{{ range }}", "range is only there to be called"),
+        ("{{ a * 2 }}", "'*'"),
+        ("{{ {'a': 1} }}", "'{'"),
+        ("{% for x in [a] %}{% endfor %}", "head of a loop"),
+        ("{% for x in y if x ~ x %}{% endfor %}", "head of a loop"),
+        ("{% raw %}endraw {% set x = 1 %}{% endraw %}", "raw block"),
+        ("{{ '" + "a" * 600 + "' }}", "quoted text"),
+        ("{{ [" + "1," * 60 + "] }}", "words and signs"),
+        ("{{ a }}" * 5001, "words and signs"),
+        ("{{ a", "no end"),
+    ],
+)
+def test_what_templates_cannot_use_is_refused_when_saved_and_its_place_told(template: str, why: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        prompts.check_prompt("greeting", [{"role": "user", "content": template}])
+    assert caught.value.param == "messages[0].content"
+    assert why in caught.value.message
+    assert "line " in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("template", "text"),
+    [
+        ("{{ long }}|{{ long|length }}|{{ 'x' ~ long }}", "L" * 600 + "|600|x" + "L" * 600),
+        ("{% if long and long == same and long != 'x' %}y{% endif %}", "y"),
+        ("{% if long is containing('LL') %}y{% endif %}{{ long is containing 'q' }}", "yFalse"),
+        ("{{ long is string }}{{ long is mapping }}{{ map is mapping }}{{ map is string }}", "TrueFalseTrueFalse"),
+        ("{{ long|lower|replace('l', '')|length }}{{ long is startingwith 'L' }}", "0True"),
+        ("{% for k in map %}{{ k }}={{ map[k] }};{% endfor %}{{ 'a' in map }}{{ 'z' in map }}", "a=1;b=x;TrueFalse"),
+        ("{% for k, v in map|items %}{{ k }}{{ v }}{% endfor %}", "a1bx"),
+        ("{{ list }} {{ map }} {{ list[0] }}{{ list[-1] }} {{ list[:2] }}", "[3, 1, 2] {'a': 1, 'b': 'x'} 32 [3, 1]"),
+        ("{% for x in list|sort|reverse %}{{ x }}{{ '' if loop.last else ',' }}{% endfor %}", "3,2,1"),
+        ("{{ 3 in list }}{{ list == [3, 1, 2]|list }}{{ none|tojson }}{{ list|first }}", "TrueTruenull3"),
+        ("{% raw %}{{ long|nosuch }}{% endraw %}{# {% set %} #}{{- ' x' -}} y", "{{ long|nosuch }} xy"),
+        ("{% for x in missing|default([]) %}{% endfor %}{% if nothing is defined %}{{ nothing|upper }}{% endif %}.", "."),
+        ("{% for x in range(2, 8, 3) if x > 1 %}{{ (x + 1) % 2 }}{% endfor %}", "10"),
+    ],
+)
+def test_long_texts_lists_and_objects_behave_as_short_ones(template: str, text: str) -> None:
+    prompts.check_prompt("greeting", [{"role": "user", "content": template}])
+    values = {"long": "L" * 600, "same": "L" * 600, "list": [3, 1, 2], "map": {"a": 1, "b": "x"}}
+    assert rendered(template, **values) == [text]
+
+
+@pytest.mark.parametrize("value", ["x" * (prompts.MAX_VARIABLES + 1), list(range(prompts.MAX_VALUES)), [[["x" * 2**20] * 5] * 2]])
+def test_variables_that_are_too_large_are_refused(value: Any) -> None:
+    with pytest.raises(InvalidArgument, match="at most") as caught:
+        rendered("{{ x }}", x=value)
+    assert caught.value.param == "prompt.variables"
+
+
+def test_what_a_long_text_cannot_do_fails_loudly() -> None:
+    assert "is containing" in refused("{% if 'a' in x %}{% endif %}", x="a" * 600).message
+
+
+def test_a_document_as_long_as_an_answer_may_be_is_rendered() -> None:
+    document = "é" * (prompts.MAX_RENDERED - 10)
+    assert rendered("<{{ document }}>", document=document) == [f"<{document}>"]
+
+
+def test_a_long_conversation_is_rendered() -> None:
+    turns = [{"role": "user", "content": "c" * 2000}] * 1000
+    template = "{% for turn in turns %}{% if turn.role == 'user' %}{{ loop.index ~ '. ' ~ turn.content|trim }}\n{% endif %}{% endfor %}"
+    assert len(rendered(template, turns=turns)[0]) > 2_000_000
+
+
 def test_fuel_is_given_to_each_render_anew() -> None:
     renderer = prompts.Renderer()
-    busy = prompt("{% for x in range(9000) %}{{ x }}{% endfor %}")
+    busy = prompt("{% for x in range(5000) %}{{ x }}{% endfor %}")
     results = {renderer.render(busy, {})[0]["content"] for _ in range(5)}
     assert len(results) == 1
 
@@ -189,9 +373,7 @@ def test_variables_are_plain_json(value: Any, param: str) -> None:
 
 
 def test_the_variables_of_a_prompt_can_be_told() -> None:
-    stored = prompt(
-        "{{ a }} {% for x in items %}{{ x.b }}{% endfor %}{% set c = 1 %}{{ c }}{{ range(2) }}", [{"type": "text", "text": "{{ d }}"}]
-    )
+    stored = prompt("{{ a }} {% for x in items %}{{ x.b }}{% endfor %}{{ range(2)|list }}", [{"type": "text", "text": "{{ d }}"}])
     assert prompts.variables(stored) == {"a", "items", "d"}
 
 

@@ -1,8 +1,8 @@
 """Prompts: what may be saved, which version a reference means, and how templates become messages.
 
-Templates are minijinja's (https://docs.rs/minijinja), of which `{{ variable }}` is all that most need. Whoever may save a prompt is
-trusted like an operator: fuel bounds the loops of a template, but not what one line of it can allocate. Variables come from callers
-and are only ever text and data: a value that looks like a template is not rendered.
+Templates are a safe part of minijinja's (`templates.py`), of which `{{ variable }}` is all that most need. Neither who saves a prompt
+nor who gives variables can make a render slow or large: see `templates.WORK` and `MAX_VALUES`. Variables are only ever text and data: a
+value that looks like a template is not rendered.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from msgspec.structs import replace
 from ..accounts import StoredPrompt
 from ..errors import InvalidArgument, InvalidRequest, UnprocessableRequest
 from ..types import CompletionRequest, Message, check_id
-from . import plain
+from . import plain, templates
 
 PRODUCTION = "production"
 LATEST = "latest"
@@ -29,21 +29,19 @@ MAX_PROMPT_BYTES = 256 * 1024
 MAX_RENDERED = 4 * 1024 * 1024
 """Characters of all messages together, after rendering."""
 
-FUEL = 100_000
-"""Instructions that one template may run: about ten for each turn of a loop; all of it is burnt in 2 to 3 ms."""
+MAX_VARIABLES = 8 * 1024 * 1024
+"""Characters of all variables of a call together, names included."""
 
-MAX_INDENT = 64
+MAX_VALUES = 20_000
+"""Values of all variables together, those in lists and objects included."""
+
+PER_TEXT = 64 * templates.ACCESS
+PER_TOKEN = 2 * templates.ACCESS
+"""What preparing a template costs of `templates.WORK`."""
 
 RESERVED = "self"
 """A name that minijinja's Python binding cannot pass to a template."""
 
-UNBOUNDED_FILTERS = ("batch", "format", "slice")
-"""Filters whose argument is a size that is allocated at once, past all fuel."""
-
-TOLERANT_FILTERS = ("chain", "e", "escape", "join", "pprint", "tojson", "truncate", "urlencode", "wordwrap", "zip")
-"""minijinja, even when strict, lets an undefined name pass through these as if it were empty."""
-
-_SWALLOWED = re.compile(r"\b(?P<name>[A-Za-z_]\w*)\s*\|\s*(?:" + "|".join(TOLERANT_FILTERS) + r")\b")
 _UNDEFINED = re.compile(r"`(?P<expression>[^`]+)` is undefined")
 _NAMING_KINDS = frozenset({"UnknownFilter", "UnknownFunction", "UnknownMethod", "UnknownTest", "TemplateNotFound"})
 
@@ -101,7 +99,7 @@ def labels_of_new_version(labels: Sequence[str], version: int) -> tuple[str, ...
 
 def variables(prompt: StoredPrompt) -> set[str]:
     """The names that the templates of `prompt` read and do not set themselves."""
-    environment = _environment()
+    environment = templates.environment(templates.Meter())
     names: set[str] = set()
     for source in _sources(prompt.messages):
         names |= _undeclared(environment, source)
@@ -114,33 +112,41 @@ def render(prompt: StoredPrompt, variables: Mapping[str, Any]) -> tuple[Message,
 
 
 class Renderer:
-    """Renders prompts in one environment, which takes about 15 µs to make and holds no template: no prompt can include another."""
-
-    def __init__(self) -> None:
-        self._environment = _environment()
+    """Renders prompts. It keeps nothing between two of them, and no prompt can include another."""
 
     def render(self, prompt: StoredPrompt, variables: Mapping[str, Any]) -> tuple[Message, ...]:
         """The messages of `prompt`, each text rendered with `variables`: plain JSON values. Those that no template reads are ignored.
 
         Raises `UnprocessableRequest` with the code `missing_variable` for a name that a template reads and nobody gave (`param` is
-        `prompt.variables.<name>`), and with `prompt_render_failed` when a template fails otherwise or runs out of fuel;
-        `InvalidArgument` for a variable that is not JSON. No error repeats a variable's value.
+        `prompt.variables.<name>`), and with `prompt_render_failed` when a template fails otherwise, costs too much, or uses what
+        could not be saved today; `InvalidArgument` for variables that are not JSON or too large. No error repeats a variable's value.
         """
+        _bound(variables)
         values = plain.plain_object(variables, "prompt.variables")
         if RESERVED in values:
             raise InvalidArgument(f"a variable cannot be named {RESERVED!r}", param=f"prompt.variables.{RESERVED}")
-        rendering = _Rendering(self._environment, prompt.name, values)
+        rendering = _Rendering(prompt, values)
         return tuple(cast("Message", {**message, "content": rendering.content(message["content"])}) for message in prompt.messages)
 
 
 class _Rendering:
     """One prompt with one set of variables."""
 
-    def __init__(self, environment: Environment, name: str, values: Mapping[str, Any]) -> None:
-        self._environment = environment
-        self._name = name
-        self._values = values
+    def __init__(self, prompt: StoredPrompt, values: Mapping[str, Any]) -> None:
+        self._name = prompt.name
+        self._names = values.keys()
+        self._meter = templates.Meter()
+        self._values = {name: templates.held(value, self._meter) for name, value in values.items()}
         self._length = 0
+        self._checked = {source: self._check(source) for source in _sources(prompt.messages) if _has_tags(source)}
+        self._shares = sum(checked.loops for checked in self._checked.values())
+
+    def _check(self, source: str) -> templates.Checked:
+        try:
+            return templates.check(source)
+        except InvalidRequest as error:
+            problem = self._failed(error.message)
+        raise problem
 
     def content(self, content: Any) -> Any:
         if isinstance(content, str):
@@ -155,20 +161,38 @@ class _Rendering:
         return text
 
     def _rendered(self, source: str) -> str:
-        undeclared = _undeclared(self._environment, source)
-        missing = undeclared - self._values.keys()
-        for match in _SWALLOWED.finditer(source) if missing else ():
-            if match["name"] in missing:
-                raise self._missing(match["name"], undeclared)
+        checked = self._checked[source]
+        parser = templates.environment(self._meter)
         try:
-            return self._environment.render_str(source, None, **self._values)
+            undeclared = _undeclared(parser, source)
+        except TemplateError as error:
+            raise self._failed(f"{error.kind} in line {error.line}") from None
+        missing = undeclared - self._names
+        environment = templates.environment(self._meter, checked.fuel(self._shares), gaps=True) if missing else parser
+        environment.fuel = checked.fuel(self._shares)
+        try:
+            self._meter.pay(PER_TEXT + PER_TOKEN * checked.tokens)
+            text = environment.render_str(source, None, **self._values)
+            self._meter.pay(0)
         except TemplateError as error:
             problem = self._explain(error, undeclared)
-        except InvalidArgument as error:  # of one of our own filters
+        except templates.NoValue as error:
+            problem = self._given_nothing(source, error, missing)
+        except InvalidArgument as error:
             problem = self._failed(error.message)
+        else:
+            return text
         raise problem  # outside of the handler: minijinja's error holds the variables' values
 
+    def _given_nothing(self, source: str, error: templates.NoValue, missing: set[str]) -> UnprocessableRequest:
+        for match in re.finditer(rf"\b(?P<name>[^\W\d]\w*)\s*\|\s*{error.filter}\b", source):
+            if match["name"] in missing:
+                return self._missing(match["name"], missing)
+        return self._failed(error.message)
+
     def _explain(self, error: TemplateError, undeclared: set[str]) -> UnprocessableRequest:
+        if self._meter.spent:
+            return self._failed(self._meter.why)
         undefined = _UNDEFINED.search(error.detail or "")
         if undefined:
             return self._missing(undefined["expression"], undeclared)
@@ -190,37 +214,23 @@ class _Rendering:
         return UnprocessableRequest(f"the prompt {self._name!r} cannot be rendered: {why}", code="prompt_render_failed", param="prompt")
 
 
-def _environment() -> Environment:
-    """Strict, fuelled, without a loader (so without includes), and for text: nothing is escaped for HTML."""
-    environment = Environment(
-        undefined_behavior="strict",
-        fuel=FUEL,
-        auto_escape_callback=lambda _: False,
-        keep_trailing_newline=True,
-        debug=True,  # or an undefined name is not told
-        filters={"indent": _indent, "tojson": _to_json},
-    )
-    for name in UNBOUNDED_FILTERS:
-        environment.remove_filter(name)
-    environment.remove_global("debug")
-    return environment
-
-
-def _indent(value: Any, width: Any = 4, first: Any = False, blank: Any = False) -> str:
-    """minijinja's `indent`, with a bounded width."""
-    if isinstance(width, bool) or not isinstance(width, int) or not 0 <= width <= MAX_INDENT:
-        raise InvalidArgument(f"indent takes a width of 0 to {MAX_INDENT}")
-    margin = " " * width
-    lines = str(value).split("\n")
-    return "\n".join(margin + line if (number or first) and (line or blank) else line for number, line in enumerate(lines))
-
-
-def _to_json(value: Any, indent: Any = 0) -> str:
-    """JSON for a model to read, where minijinja's own is escaped for HTML."""
-    if isinstance(indent, bool) or not isinstance(indent, int) or not 0 <= indent <= MAX_INDENT:
-        raise InvalidArgument(f"tojson takes an indent of 0 to {MAX_INDENT}")
-    encoded = msgspec.json.encode(plain.plain(value, "the value given to tojson"))
-    return (msgspec.json.format(encoded, indent=indent) if indent else encoded).decode()
+def _bound(variables: Any) -> None:
+    """Raises `InvalidArgument` for variables that are too many or too long, before they are copied."""
+    values = characters = 0
+    waiting = [variables]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, str):
+            characters += len(value)
+        elif isinstance(value, Mapping | list | tuple):
+            values += len(value)
+            if values <= MAX_VALUES:
+                waiting.extend(value)
+                waiting.extend(value.values() if isinstance(value, Mapping) else ())
+        if values > MAX_VALUES or characters > MAX_VARIABLES:
+            raise InvalidArgument(
+                f"the variables of a prompt can have at most {MAX_VALUES} values and {MAX_VARIABLES} characters", param="prompt.variables"
+            )
 
 
 def _has_tags(source: str) -> bool:
@@ -242,7 +252,7 @@ def _sources(messages: Sequence[Mapping[str, Any]]) -> list[str]:
 def _messages(given: Any) -> tuple[Mapping[str, Any], ...]:
     if not isinstance(given, list | tuple) or not given:
         raise InvalidRequest("messages must be a text or a list of at least one message", param="messages")
-    environment = _environment()
+    environment = templates.environment(templates.Meter())
     return tuple(_message(message, f"messages[{index}]", environment) for index, message in enumerate(given))
 
 
@@ -277,7 +287,10 @@ def _part(part: Any, where: str, environment: Environment) -> None:
 
 def _compile(source: str, where: str, environment: Environment) -> None:
     try:
+        templates.check(source)
         environment.add_template(where, source)
+    except InvalidRequest as error:
+        raise InvalidRequest(f"{where} is not a template that can be used: {error.message}", param=where) from None
     except TemplateError as error:
         raise InvalidRequest(f"{where} is not a valid template: line {error.line}: {error.detail}", param=where) from None
 
