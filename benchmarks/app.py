@@ -1,9 +1,9 @@
-"""What the bench kit measures: a Starlette app with the gateway mounted at /ai, in front of the kit's mock of OpenAI on port 9001.
+"""What is measured: a Starlette app with the gateway mounted at /ai, in front of a server that plays OpenAI's API on port 9001.
 
 Everything is on: a stored key with windows of requests and of tokens and with caps of every kind, a durable ledger on disk in a new
 directory, the cache, an aiohttp transport. The limits are too large to refuse anything, and are counted all the same.
 
-    $ WORK=/tmp/aigw-bench uvicorn --app-dir benchmarks app:app --port 9201 --loop uvloop --http httptools --no-access-log
+    $ WORK=<a directory> uvicorn --app-dir benchmarks app:app --port 9201 --loop uvloop --http httptools --no-access-log
 
 `python benchmarks/app.py` prints the key that the app opens to; it is made once, below `$WORK`, and belongs to nothing but these runs.
 """

@@ -26,6 +26,7 @@ from .errors import (
 )
 from .gateway import AIGateway
 from .http.door import Admin
+from .http.errors import render_error
 from .middleware import AIGatewayMiddleware
 from .policy.caching import CachePolicy
 from .policy.idempotency import IdempotencyPolicy
@@ -96,4 +97,5 @@ __all__ = [
     "Usage",
     "UsageRecord",
     "UsageReport",
+    "render_error",
 ]

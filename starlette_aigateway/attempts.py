@@ -19,7 +19,15 @@ from msgspec.structs import replace
 from .accounts import Hold, HoldRequest, Settlement, UsageRecord
 from .background import Job, shut_down
 from .calls import Call, Done, Offer, PricedTarget
-from .errors import AIGatewayError, NoProviderAvailable, ProviderError, ProviderTimeout, SpendCapExceeded, StorageUnavailable
+from .errors import (
+    AIGatewayError,
+    NoProviderAvailable,
+    ProviderError,
+    ProviderRejected,
+    ProviderTimeout,
+    SpendCapExceeded,
+    StorageUnavailable,
+)
 from .events import AttemptFailed, CallRecorded, Event
 from .policy import estimate, keys, metering
 from .policy.routing import Circuit, Failure, GiveUp, RetryPolicy, Target, Try, ails, next_step
@@ -430,6 +438,8 @@ def _output_bytes(completion: Completion) -> int:
 
 def _exhausted(error: ProviderError) -> ProviderError:
     """The last failure, as the caller sees it: a provider's rate limit is no fault of the caller's."""
+    if type(error) is ProviderError and error.status in (400, 413, 422):
+        return ProviderRejected(error.message, retryable=False, billed=error.billed, status=error.status, details=error.details)
     if error.status != 429:
         return error
     return NoProviderAvailable(

@@ -231,6 +231,7 @@ class AIGateway(Administration):
         await self._ledger_store.set_caps(GATEWAY_SCOPE, self._limits.caps)
 
     async def ready(self) -> None:
+        """Starts the gateway in this process, if nothing has started it yet."""
         await self._lifecycle.ensure()
 
     async def check_ready(self) -> None:
@@ -310,6 +311,7 @@ class AIGateway(Administration):
             await self._observers.flush()
 
     def mint_request_id(self) -> str:
+        """A new `req_…`, in the order of time."""
         return key_policy.mint_id("req_", self._clock(), self._ids)
 
     def acting_as(self, principal: Principal) -> Caller:
@@ -331,9 +333,9 @@ class AIGateway(Administration):
 
         return Caller(self._pipeline, self, resolved, self.mint_request_id)
 
-    async def caller(self, scope: Scope | HTTPConnection) -> Caller:
+    async def caller(self, scope: Mapping[str, Any] | HTTPConnection) -> Caller:
         """The gateway as whoever sent this request sees it. Raises `AuthenticationError`."""
-        caller = self.lazy_caller(scope if isinstance(scope, HTTPConnection) else HTTPConnection(scope))
+        caller = self.lazy_caller(scope if isinstance(scope, HTTPConnection) else HTTPConnection(dict(scope)))
         await caller.principal()
         return caller
 

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeAlias
+
 from starlette.requests import HTTPConnection
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from .errors import AIGatewayError, ConfigurationError
 from .gateway import AIGateway
 from .http.errors import error_response
+
+AnyASGIApp: TypeAlias = Callable[[Any, Any, Any], Awaitable[None]]
+"""Each framework types scope, receive and send in its own way (Quart by typed dictionaries); all of them mean ASGI."""
 
 
 class AIGatewayMiddleware:
@@ -15,10 +21,11 @@ class AIGatewayMiddleware:
     `state_name` renames it).
 
     With a `path` such as `/api/ai-gateway` it also serves the gateway below it; without one the host mounts it. An error of the
-    gateway that leaves one of the host's own routes becomes its JSON answer.
+    gateway that leaves the host's app becomes its JSON answer; where the framework handles all errors itself (Quart), register
+    `render_error` with it.
     """
 
-    def __init__(self, app: ASGIApp, gateway: AIGateway, *, path: str | None = None, state_name: str = "aigateway") -> None:
+    def __init__(self, app: AnyASGIApp, gateway: AIGateway, *, path: str | None = None, state_name: str = "aigateway") -> None:
         if not isinstance(gateway, AIGateway):
             raise ConfigurationError(f"gateway must be an AIGateway, not {type(gateway).__name__}", param="gateway")
         if path is not None and (not path.startswith("/") or path.rstrip("/") == ""):
@@ -28,7 +35,7 @@ class AIGatewayMiddleware:
         self._path = path.rstrip("/") if path is not None else None
         self._state_name = state_name
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] == "lifespan":
             await Lifespan(self.app, self.gateway)(scope, receive, send)
         elif scope["type"] not in ("http", "websocket"):
@@ -59,7 +66,10 @@ class AIGatewayMiddleware:
         except AIGatewayError as error:
             if answer.begun:
                 raise
-            await error_response(error)(scope, receive, send)
+            error.request_id = error.request_id or self.gateway.mint_request_id()
+            response = error_response(error)
+            response.headers["x-request-id"] = response.headers["request-id"] = error.request_id
+            await response(scope, receive, send)
         except BaseException:
             await answer.let_go()
             raise
@@ -95,7 +105,7 @@ class HeldAnswer:
 class Lifespan:
     """The host's lifespan inside the gateway's. A host that has none gets one here."""
 
-    def __init__(self, app: ASGIApp, gateway: AIGateway) -> None:
+    def __init__(self, app: AnyASGIApp, gateway: AIGateway) -> None:
         self._app = app
         self._gateway = gateway
         self._answered = False

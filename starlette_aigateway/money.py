@@ -14,7 +14,6 @@ from .errors import InvalidArgument
 Money: TypeAlias = "Decimal | str | int"
 """US dollars as hosts give them: `Decimal("0.15")`, `"0.15"` or `2`. A float is refused."""
 
-NANO_PER_USD = 10**9
 MAX_USD = Decimal(10**9)
 
 

@@ -145,7 +145,7 @@ def test_the_app_of_the_readme_serves_the_gateway(framework: str, tmp_path: Path
         assert httpx.get(f"{below}/healthz").status_code == 200
         body = {"model": "gpt-4o-mini", "messages": [{"role": "user", "content": "hi"}]}
         refused = httpx.post(f"{below}/v1/chat/completions", json=body)
-        assert (refused.status_code, refused.json()["error"]["code"]) == (401, "missing_api_key")
+        assert (refused.status_code, refused.json()["error"]["code"]) == (401, "invalid_api_key")
         assert (tmp_path / "ai-gateway-data" / "ledger.db").exists()
 
 

@@ -365,7 +365,7 @@ async def test_a_failure_that_charged_nothing_after_content_releases_the_hold(le
         assert await outcomes(gateway) == ["released"]
 
 
-# -- what a stranger found ---------------------------------------------------------------------------------------------
+# -- regressions --------------------------------------------------------------------------------------------------------
 
 
 async def test_a_steady_stream_outlives_a_short_timeout(ledger: FaultyLedger) -> None:

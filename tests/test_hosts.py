@@ -9,6 +9,8 @@ from typing import Any
 import anyio
 import httpx
 import pytest
+import quart
+from quart import Quart
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -16,6 +18,7 @@ from starlette.routing import Mount, Route
 
 from starlette_aigateway import (
     AIGateway,
+    AIGatewayError,
     AIGatewayMiddleware,
     Caller,
     Chunk,
@@ -25,6 +28,7 @@ from starlette_aigateway import (
     Principal,
     Usage,
     UsageRecord,
+    render_error,
 )
 from starlette_aigateway.events import CallRecorded, Event
 from starlette_aigateway.providers import EchoProvider
@@ -170,7 +174,7 @@ def test_a_stream_still_running_at_shutdown_is_booked(gateway: AIGateway, how: s
 def test_the_caller_in_the_state_is_the_logged_in_user_and_the_host_keeps_its_lifespan(base: str) -> None:
     answer = httpx.get(f"{base}/ask?q=hi", headers={"x-user": "ada"})
     assert answer.json() == {"text": "hi", "host": "yes"}
-    assert httpx.get(f"{base}/ask?q=hi").json()["error"]["code"] == "missing_api_key"
+    assert httpx.get(f"{base}/ask?q=hi").json()["error"]["code"] == "invalid_api_key"
 
 
 @pytest.mark.parametrize("how", ["middleware", "wrapped"])
@@ -178,6 +182,8 @@ def test_the_caller_in_the_state_is_the_logged_in_user_and_the_host_keeps_its_li
 def test_a_refusal_in_a_host_s_own_route_is_its_own_status(base: str, route: str) -> None:
     refused = httpx.get(f"{base}{route}?q=hi", headers={"x-user": "poor"})
     assert (refused.status_code, refused.json()["error"]["code"]) == (402, "spend_cap_exceeded")
+    assert refused.headers["x-request-id"].startswith("req_")
+    assert refused.json()["error"]["request_id"] == refused.headers["request-id"]
 
 
 @pytest.mark.parametrize("how", ["middleware", "wrapped"])
@@ -275,6 +281,31 @@ def test_a_resolver_that_fails_lets_nobody_through_and_its_own_refusals_keep_the
         assert status("redirect") == (302, "refused_by_host")
         assert status("object") == (403, "refused_by_host")
         assert httpx.post(f"{base}/ai/complete", json={}, headers={"x-user": "unchanged"}).status_code == 304
-        assert status("nobody") == (401, "missing_api_key")
+        assert status("nobody") == (401, "invalid_api_key")
         mistyped = httpx.post(f"{base}/ai/complete", json={}, headers={"x-user": "teapot", "authorization": "Bearer aigw_typo"})
         assert mistyped.status_code == 401, "a credential that looks like a stored key never reaches the resolver"
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_quart_answers_errors_of_the_gateway_in_its_own_routes_with_our_renderer() -> None:
+    async def who(connection: Any) -> Principal:
+        return Principal("u", requests_per_minute=1)
+
+    gateway = AIGateway.in_memory(providers=[EchoProvider()], resolve_principal=who)
+    app = Quart(__name__)
+    app.register_error_handler(AIGatewayError, render_error)
+
+    @app.get("/ask")
+    async def ask_quart() -> str:
+        caller = await gateway.caller(quart.request.scope)
+        answer = await caller.complete(model="echo", messages=[{"role": "user", "content": "hi"}])
+        return str(answer.message["content"])
+
+    app.asgi_app = AIGatewayMiddleware(app.asgi_app, gateway=gateway, path="/ai")  # type: ignore[method-assign]  # as its documentation says
+    with serve(app) as base:
+        async with httpx.AsyncClient(base_url=base) as client:
+            assert (await client.get("/ask")).text == "hi"
+            refused = await client.get("/ask")
+    assert (refused.status_code, refused.json()["error"]["code"]) == (429, "rate_limit_exceeded")
+    assert int(refused.headers["retry-after"]) > 50

@@ -178,7 +178,7 @@ def test_expired_revoked_rotated_and_missing_keys(service: Service) -> None:
     revoked = service.post("/complete", made["key"], body)
     assert (revoked.status_code, revoked.json()["error"]["code"]) == (401, "invalid_api_key")
     assert "revoked" in revoked.json()["error"]["message"]
-    assert service.post("/complete", None, body).json()["error"]["code"] == "missing_api_key"
+    assert service.post("/complete", None, body).json()["error"]["code"] == "invalid_api_key"
     assert service.post("/complete", made["key"][:-1] + "x", body).status_code == 401
     assert service.post("/complete", None, body).headers["www-authenticate"] == "Bearer"
 
@@ -192,6 +192,7 @@ class TestProvidersThatFail:
                 Die(after=1, text="one two"),
                 ProviderTimeout("too slow"),
                 ProviderRejected("context too long", retryable=False, billed="no", status=400),
+                ProviderError("bad request", retryable=False, billed="no", status=400),
                 ProviderError("busy", billed="no", status=429, retry_after=7),
                 Say("fine"),
             )
@@ -210,6 +211,7 @@ class TestProvidersThatFail:
         assert service.post("/complete", key, body).status_code == 504
         rejected = service.post("/v1/chat/completions", key, body)
         assert (rejected.status_code, rejected.json()["error"]["code"]) == (400, "provider_rejected")
+        assert service.post("/complete", key, body).json()["error"]["code"] == "provider_rejected"
         busy = service.post("/v1/chat/completions", key, body)
         assert (busy.status_code, busy.headers["retry-after"]) == (503, "7")
         assert service.post("/complete", key, body).json()["message"]["content"] == "fine"
@@ -266,6 +268,23 @@ def test_bad_bodies_are_refused_with_the_field_and_hold_nothing(service: Service
     me = service.http.get("/me", headers=headers).json()
     assert {(budget["spent_usd"], budget["held_usd"]) for budget in me["budgets"]} == {("0", "0")}
     assert service.usage()["data"] == []
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        (b'{"model": "echo", "messages": [{"role": "user", "content": "\\ud800"}]}', "surrogate"),
+        (b'{"model": "echo", "max_tokens": 1e999}', "out of the range"),
+        (b'{"model": "\xff"}', "UTF-8"),
+        (b" ", "empty"),
+        (b'{"model": }', "not valid JSON"),
+    ],
+)
+def test_json_that_cannot_be_read_is_refused_in_words_that_say_how_to_mend_it(service: Service, body: bytes, words: str) -> None:
+    headers = {"authorization": f"Bearer {service.key()}", "content-type": "application/json"}
+    answer = service.http.post("/complete", content=body, headers=headers)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_json")
+    assert words in answer.json()["error"]["message"]
 
 
 def test_unknown_routes_and_methods(service: Service) -> None:

@@ -160,7 +160,7 @@ def test_the_document_names_every_route_with_guard_parameters_and_a_unique_id(do
 def test_every_code_that_the_package_raises_is_named(document: Document) -> None:
     described = " ".join(response["description"] for response in document["components"]["responses"].values())
     codes = {code for path in PACKAGE.rglob("*.py") for code in re.findall(r'(?:code|CODE)\s?=\s?"([a-z_]+)"', path.read_text())}
-    assert {"missing_api_key", "key_not_found"} <= codes
+    assert {"invalid_api_key", "key_not_found"} <= codes
     assert {code for code in codes if f"`{code}`" not in described} == {"method_not_allowed"}
 
 

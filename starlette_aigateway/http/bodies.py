@@ -57,11 +57,24 @@ def decode_object(body: bytes) -> dict[str, Any]:
     except RecursionError:
         raise InvalidRequest("the body is nested too deeply", code="invalid_json") from None
     except (msgspec.DecodeError, UnicodeDecodeError, ValueError) as error:
-        hint = "the body is empty" if not body.strip() else f"the body is not valid JSON: {error}"
-        raise InvalidRequest(hint, code="invalid_json") from None
+        raise InvalidRequest(_what_is_wrong(body, error), code="invalid_json") from None
     if not isinstance(value, dict):
         raise InvalidRequest("the body must be a JSON object", code="invalid_json")
     return value
+
+
+def _what_is_wrong(body: bytes, error: Exception) -> str:
+    """In words that say how to mend it; the decoder's own where they do."""
+    said = str(error)
+    if not body.strip():
+        return "the body is empty"
+    if "utf-8" in said or isinstance(error, UnicodeDecodeError):
+        return "the body is not valid UTF-8"
+    if "out of range" in said:
+        return "the body is not valid JSON: a number in it is out of the range of a double (IEEE 754)"
+    if "\\ud" in body.decode("latin-1").lower() and ("truncated" in said or "surrogate" in said or "scape" in said):
+        return "the body is not valid JSON: a \\u escape in it is half of a surrogate pair (RFC 8259, section 8.2)"
+    return f"the body is not valid JSON: {said}"
 
 
 def known_fields(body: Mapping[str, Any], known: Collection[str], within: str = "") -> None:

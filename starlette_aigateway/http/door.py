@@ -142,7 +142,7 @@ def _expect(principal: object) -> Principal:
 
 def _unknown(given: str | None) -> AuthenticationError:
     if given is None:
-        return AuthenticationError("no API key: send 'Authorization: Bearer <key>' or 'x-api-key: <key>'", code="missing_api_key")
+        return AuthenticationError("no API key: send 'Authorization: Bearer <key>' or 'x-api-key: <key>'")
     return AuthenticationError(f"this credential is not known; API keys start with {keys.PREFIX!r}")
 
 

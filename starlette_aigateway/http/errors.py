@@ -66,9 +66,14 @@ def error_object(error: AIGatewayError) -> dict[str, Any]:
     }
 
 
-def error_response(error: AIGatewayError) -> Response:
+def render_error(error: AIGatewayError) -> tuple[bytes, int, dict[str, str]]:
+    """Body, status and headers, for a host whose framework handles errors itself: what `AIGatewayMiddleware` answers elsewhere."""
     status, _ = status_of(error)
-    return Response(msgspec.json.encode(error_object(error)), status, error_headers(error), "application/json")
+    return msgspec.json.encode(error_object(error)), status, error_headers(error) | {"content-type": "application/json"}
+
+
+def error_response(error: AIGatewayError) -> Response:
+    return Response(*render_error(error))
 
 
 def error_headers(error: AIGatewayError) -> dict[str, str]:

@@ -28,7 +28,7 @@ ERRORS_OF_BODY = (400, 413, 415)
 
 MORE_CODES: dict[int, tuple[str, ...]] = {
     400: ("invalid_json", "request_too_large_for_limit"),
-    401: ("missing_api_key",),
+    401: ("invalid_api_key",),
     403: ("model_not_allowed", "foreign_origin"),
     404: ("key_not_found", "model_not_found", "prompt_not_found", "tenant_not_found"),
     409: ("idempotency_answer_not_kept", "idempotency_in_progress"),

@@ -226,7 +226,8 @@ def kind_of(scope: str) -> str:
 def exceeded(refusal: Refusal, required: int, periods: Periods) -> SpendCapExceeded:
     kind = kind_of(refusal.scope)
     end = resets_at(refusal.window, periods)
-    message = f"the {WINDOW_NAME[refusal.window]} spend cap of {OWNER.get(kind, kind)} is reached{_figures(kind, refusal, required)}"
+    state = "is reached" if refusal.spent >= refusal.cap else "leaves too little for this call"
+    message = f"the {WINDOW_NAME[refusal.window]} spend cap of {OWNER.get(kind, kind)} {state}{_figures(kind, refusal, required)}"
     if end is not None:
         message += f"; the next period begins at {end:%Y-%m-%d %H:%M} UTC"
     return SpendCapExceeded(message, scope=kind, window=refusal.window, resets_at=end, details=_details(kind, refusal, required))

@@ -7,7 +7,8 @@
   caps that it was decided under.
 - `usage`: one record for each attempt. The row number is the time in milliseconds and 20 bits that tell equal times apart, so that
   each index on a filter is also in the order of time, and none on the time itself is needed.
-- `caps`: those of tenants and of the gateway. `meta`: `day` is the latest UTC day that a hold was made in, in days since 1970.
+- `caps`: those of tenants and of the gateway. `meta`: `day` is the latest UTC day that a hold was asked for in, granted or not,
+  in days since 1970.
 """
 
 from __future__ import annotations
