@@ -422,7 +422,7 @@ def _done(attempt: Attempt, settlement: Settlement, record: UsageRecord | None, 
     return Done(
         provider=attempt.priced.target.provider,
         record=record,
-        cost=record.cost if record is not None else settlement.amount,
+        cost=settlement.amount,  # the record of a late settlement holds the correction alone
         lowered_to=attempt.lowered_to,
         bound_imposed=attempt.output_bound is not None and not attempt.priced.ask.given,
         completion=completion,

@@ -56,7 +56,9 @@ class Caller:
         principal = await self.principal()
         await self._administration.ready()
         request = _request(model, messages, prompt, temperature, max_tokens, parameters)
-        options = CallOptions(cache=cache or CacheControl(), idempotency_key=idempotency_key, timeout=timeout, tags=tags or {})
+        options = CallOptions(
+            cache=cache or CacheControl(), idempotency_key=idempotency_key, timeout=timeout, tags=tags if tags is not None else {}
+        )
         served = await self._pipeline.complete(principal, request, options, self._mint_request_id())
         return served.answer
 
@@ -79,7 +81,9 @@ class Caller:
         principal = await self.principal()
         await self._administration.ready()
         request = _request(model, messages, prompt, temperature, max_tokens, parameters)
-        options = CallOptions(cache=cache or CacheControl(), idempotency_key=idempotency_key, timeout=timeout, tags=tags or {})
+        options = CallOptions(
+            cache=cache or CacheControl(), idempotency_key=idempotency_key, timeout=timeout, tags=tags if tags is not None else {}
+        )
         async with self._pipeline.stream(principal, request, options, self._mint_request_id()) as stream:
             yield stream
 
@@ -103,7 +107,9 @@ class Caller:
         principal = await self.principal()
         await self._administration.ready()
         request = _request(model, messages, prompt, temperature, max_tokens, parameters)
-        options = CallOptions(cache=cache or CacheControl(), idempotency_key=idempotency_key, timeout=timeout, tags=tags or {})
+        options = CallOptions(
+            cache=cache or CacheControl(), idempotency_key=idempotency_key, timeout=timeout, tags=tags if tags is not None else {}
+        )
         return stream_response(self._pipeline, principal, request, options, self._mint_request_id(), wire=format)
 
     async def budgets(self) -> Sequence[Budget]:

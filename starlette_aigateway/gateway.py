@@ -409,7 +409,9 @@ def _positive(value: int | None, name: str) -> int | None:
 
 
 def _options(idempotency_key: str | None, timeout: float | None, tags: Mapping[str, str] | None, cache: CacheControl | None) -> CallOptions:
-    return CallOptions(idempotency_key=idempotency_key, timeout=timeout, tags=tags or {}, cache=cache or CacheControl())
+    return CallOptions(
+        idempotency_key=idempotency_key, timeout=timeout, tags=tags if tags is not None else {}, cache=cache or CacheControl()
+    )
 
 
 def _remove(path: Path, pid: int) -> None:

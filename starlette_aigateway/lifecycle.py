@@ -47,10 +47,7 @@ class Lifecycle:
 
     def _lock(self) -> anyio.Lock:
         """One lock for each event loop: a lock cannot be shared between them."""
-        token = current_token()
-        if token not in self._locks:
-            self._locks = {token: anyio.Lock()}
-        return self._locks[token]
+        return self._locks.setdefault(current_token(), anyio.Lock())
 
     async def _begin(self) -> None:
         opened = AsyncExitStack()
@@ -63,6 +60,7 @@ class Lifecycle:
         if self._pid is not None and self._pid != os.getpid():
             self._lifespans = 0
         self._open, self._pid = opened, os.getpid()
+        self._locks.clear()  # whoever waits has its lock in hand, and nobody asks for one again
 
     @asynccontextmanager
     async def lifespan(self) -> AsyncIterator[None]:

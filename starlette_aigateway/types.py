@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -401,6 +402,33 @@ class CallOptions(Struct, frozen=True, kw_only=True):
     route: str = "in_process"
     timeout: float | None = None
     tags: Mapping[str, str] = {}
+
+    def __post_init__(self) -> None:
+        """Raises `InvalidArgument` for a timeout that is no positive number and for tags that cannot be recorded."""
+        if self.timeout is not None:
+            _check_timeout(self.timeout)
+        if self.tags != {}:
+            _check_tags(self.tags)
+
+
+MAX_TAGS = 32
+MAX_TAG_LENGTH = 200
+
+
+def _check_timeout(timeout: Any) -> None:
+    if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not 0 < timeout < math.inf:
+        raise InvalidArgument("timeout must be a positive number of seconds", param="timeout")
+
+
+def _check_tags(tags: Any) -> None:
+    if not isinstance(tags, Mapping) or len(tags) > MAX_TAGS or not all(map(_is_tag, [*tags.keys(), *tags.values()])):
+        raise InvalidArgument(
+            f"tags must be at most {MAX_TAGS} pairs of texts of at most {MAX_TAG_LENGTH} printable characters", param="tags"
+        )
+
+
+def _is_tag(value: Any) -> bool:
+    return isinstance(value, str) and len(value) <= MAX_TAG_LENGTH and value.isprintable()
 
 
 WindowKind = Literal["requests", "tokens"]

@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator, Sequence
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,9 @@ from starlette_aigateway import (
     UsageRecord,
 )
 from starlette_aigateway.accounts import Hold, HoldRequest, Settlement
+from starlette_aigateway.errors import InvalidArgument
 from starlette_aigateway.stores.sqlite.ledger import SQLiteLedger
-from starlette_aigateway.testing.providers import Die, Hang, Say, ScriptedProvider
+from starlette_aigateway.testing.providers import After, Die, Hang, Say, ScriptedProvider
 from starlette_aigateway.types import Native
 from starlette_aigateway.wires import openai_chat
 
@@ -515,6 +517,46 @@ async def test_many_tool_deltas_are_put_together_in_one_pass() -> None:
     with anyio.fail_after(10):
         (call,) = openai_chat.assemble(deltas).message["tool_calls"]
     assert len(call["function"]["arguments"]) == 4_000_000
+
+
+async def test_a_call_that_outlives_its_lease_tells_what_it_cost_not_the_correction(ledger: FaultyLedger) -> None:
+    go, arrived = anyio.Event(), anyio.Event()
+    costs: list[Decimal] = []
+    async with gateway_over(ledger, ScriptedProvider(After(go, Say("hi"), arrived))) as gateway:
+
+        async def call() -> None:
+            costs.append((await gateway.complete(WHO, ask())).cost_usd)
+
+        async with anyio.create_task_group() as group:
+            group.start_soon(call)
+            await arrived.wait()
+            assert [record.outcome for record in await ledger.expire(now=time.time() + 1000)] == ["expired"]
+            go.set()
+        assert costs == [Decimal("0.020")]
+        assert sorted(await outcomes(gateway)) == ["adjusted", "expired"]
+        assert sum(record.cost_usd for record in (await gateway.usage()).data) == Decimal("0.020")
+
+
+@pytest.mark.parametrize("timeout", [0, -1, float("nan"), float("inf"), True, "5"])
+async def test_a_timeout_that_is_none_is_refused_before_anything_is_asked(ledger: FaultyLedger, timeout: Any) -> None:
+    provider = ScriptedProvider("never")
+    async with gateway_over(ledger, provider) as gateway:
+        with pytest.raises(InvalidArgument) as raised:
+            await gateway.complete(WHO, ask(), timeout=timeout)
+        assert raised.value.param == "timeout"
+        with pytest.raises(InvalidArgument):
+            await gateway.acting_as(WHO).complete(model="m", messages=ask().messages, timeout=timeout)
+        assert provider.calls == []
+
+
+@pytest.mark.parametrize("tags", [["a"], {"a": 1}, {1: "a"}, {"a": "x" * 201}, {str(n): "" for n in range(33)}, {"a": "\ud800"}])
+async def test_tags_that_cannot_be_recorded_are_refused_before_anything_is_asked(ledger: FaultyLedger, tags: Any) -> None:
+    provider = ScriptedProvider("never")
+    async with gateway_over(ledger, provider) as gateway:
+        with pytest.raises(InvalidArgument) as raised:
+            await gateway.complete(WHO, ask(), tags=tags)
+        assert raised.value.param == "tags"
+        assert provider.calls == []
 
 
 # -- circuits ----------------------------------------------------------------------------------------------------------
