@@ -3,6 +3,8 @@
 Everything is on: a stored key with windows of requests and of tokens and with caps of every kind, a durable ledger on disk in a new
 directory, the cache, an aiohttp transport. The limits are too large to refuse anything, and are counted all the same.
 
+With `LEDGER=none` nothing is held or booked, so that the cost of the ledger itself can be told.
+
     $ WORK=<a directory> uvicorn --app-dir benchmarks app:app --port 9201 --loop uvloop --http httptools --no-access-log
 
 `python benchmarks/app.py` prints the key that the app opens to; it is made once, below `$WORK`, and belongs to nothing but these runs.
@@ -17,6 +19,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+from no_ledger import NoLedger
 from starlette.applications import Starlette
 from starlette.routing import Mount
 
@@ -50,6 +53,7 @@ def build() -> Starlette:
         providers=[OpenAIProvider(api_key="upstream", base_url=UPSTREAM, transport=AiohttpTransport())],
         data_dir=data_dir,
         prices={"gpt-4o-mini": Price("0.15", "0.60", cache_read="0.075")},
+        ledger=None if os.environ.get("LEDGER") != "none" else NoLedger(),
         random=random,
     )
 

@@ -199,7 +199,7 @@ CORRUPTIONS: list[Corruption] = [
     ("held", "UPDATE balances SET held = 0 WHERE scope = 'principal:alice' AND period = ''", "I2"),
     ("open", "UPDATE balances SET open = open + 1 WHERE scope = 'tenant:acme' AND period = ''", "I2"),
     ("balance gone", "DELETE FROM balances WHERE scope = 'tenant:acme' AND period = '2026-03-31'", "I2"),
-    ("balance made up", "INSERT INTO balances VALUES ('principal:eve', '', 5, 0, 0)", "I2"),
+    ("balance made up", "INSERT INTO balances (scope, period, spent, held, open) VALUES ('principal:eve', '', 5, 0, 0)", "I2"),
     ("hold gone", "DELETE FROM holds WHERE id = 'use_open'", "I3"),
     ("hold reopened", "UPDATE holds SET expired = 0 WHERE id = 'use_expired'", "I3"),
     ("hold of another amount", "UPDATE holds SET facts = json_set(facts, '$[12]', 1) WHERE id = 'use_open'", "I2"),
@@ -236,11 +236,23 @@ async def test_check_is_clean_over_books_with_everything_in_them(ledger: SQLiteL
     await assert_clean(ledger)
 
 
+@pytest.mark.parametrize("sql", ["UPDATE entries SET amount = 1", "DELETE FROM entries"])
+async def test_entries_are_append_only(path: Path, ledger: SQLiteLedger, sql: str) -> None:
+    await eventful(ledger)
+    connection = sqlite3.connect(path)
+    with pytest.raises(sqlite3.IntegrityError, match="append-only"):
+        connection.execute(sql)
+    connection.close()
+    await assert_clean(ledger)
+
+
 @pytest.mark.parametrize(("sql", "invariant"), [row[1:] for row in CORRUPTIONS], ids=[row[0] for row in CORRUPTIONS])
 async def test_check_finds(path: Path, ledger: SQLiteLedger, sql: str, invariant: str) -> None:
     await eventful(ledger)
     connection = sqlite3.connect(path)
     with connection:
+        for trigger in ("entries_never_change", "entries_are_only_carried"):
+            connection.execute(f"DROP TRIGGER {trigger}")
         assert connection.execute(sql).rowcount == 1
     connection.close()
     assert invariant in {finding.invariant for finding in await ledger.check()}

@@ -53,6 +53,22 @@ CREATE TABLE caps (scope TEXT NOT NULL PRIMARY KEY, day INTEGER, month INTEGER, 
 CREATE TABLE meta (name TEXT NOT NULL PRIMARY KEY, value INTEGER NOT NULL) WITHOUT ROWID;
 INSERT INTO meta VALUES ('day', 0), ('pings', 0);
 """,
+    """
+ALTER TABLE entries ADD COLUMN price TEXT;
+ALTER TABLE balances ADD COLUMN told INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE usage ADD COLUMN cache_creation_1h_input_tokens INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE usage ADD COLUMN would_refuse TEXT;
+CREATE TABLE credits (
+    id TEXT NOT NULL PRIMARY KEY, scope TEXT NOT NULL, amount INTEGER NOT NULL, created_at REAL NOT NULL, expires_at REAL NOT NULL,
+    ended_at REAL, actor TEXT NOT NULL, note TEXT NOT NULL
+) WITHOUT ROWID;
+CREATE INDEX credits_running ON credits (scope) WHERE ended_at IS NULL;
+INSERT INTO meta VALUES ('carried', 0), ('carrying', 0);
+CREATE TRIGGER entries_never_change BEFORE UPDATE ON entries
+BEGIN SELECT raise(ABORT, 'entries are append-only'); END;
+CREATE TRIGGER entries_are_only_carried BEFORE DELETE ON entries WHEN (SELECT value FROM meta WHERE name = 'carrying') = 0
+BEGIN SELECT raise(ABORT, 'entries are append-only'); END;
+""",
 )
 
 SEQ_BITS = 20

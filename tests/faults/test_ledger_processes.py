@@ -71,11 +71,11 @@ async def settle_or_release(ledger: SQLiteLedger, hold_id: str, number: int) -> 
 
 def start(job: str, path: Path, worker: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "tests.test_ledger_processes", job, str(path), worker],
+        [sys.executable, "-m", "tests.faults.test_ledger_processes", job, str(path), worker],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        cwd=Path(__file__).parent.parent,
+        cwd=Path(__file__).parent.parent.parent,
     )
 
 
