@@ -16,8 +16,9 @@ from limits import RateLimitItemPerSecond
 from limits.aio.storage import MovingWindowSupport, SlidingWindowCounterSupport, Storage
 from limits.aio.strategies import MovingWindowRateLimiter, RateLimiter, SlidingWindowCounterRateLimiter
 from limits.errors import StorageError
+from msgspec.structs import replace
 
-from .errors import ConfigurationError, StorageUnavailable
+from .errors import ConfigurationError, InvalidRequest, RateLimitExceeded, StorageUnavailable
 from .policy.windows import Refusal, Sliding, WindowClaim, WindowState, check_fits, exceeded, in_seconds, microseconds
 from .protocols import Clock
 from .types import MAX_WINDOW
@@ -32,6 +33,8 @@ class SharedWindows(Protocol):
     """What a storage has to offer for exact windows; each verb is one transaction. `testing/windows.py` says what it promises."""
 
     async def acquire_all(self, claims: Sequence[WindowClaim]) -> Sequence[WindowState] | Refusal: ...
+
+    async def probe(self, claims: Sequence[WindowClaim]) -> Sequence[WindowState] | Refusal: ...
 
     async def peek(self, claims: Sequence[WindowClaim]) -> Sequence[WindowState]: ...
 
@@ -74,6 +77,16 @@ class Limiter:
         if isinstance(outcome, Refusal):
             raise exceeded(outcome)
         return outcome
+
+    async def probe(self, claims: Sequence[WindowClaim]) -> tuple[Sequence[WindowState], RateLimitExceeded | InvalidRequest | None]:
+        """The windows of `claims` as they are, in the same order, and the error with which `admit` would refuse them now, None if it
+        would let them in. Takes nothing. Raises `StorageUnavailable`; no windows where the storage failed open."""
+        try:
+            check_fits(claims)
+        except InvalidRequest as error:
+            return await self.peek([replace(claim, amount=0) for claim in claims]), error
+        outcome = await self._guarded(lambda: self._windows.probe(claims)) if claims else ()
+        return (outcome.states, exceeded(outcome)) if isinstance(outcome, Refusal) else (outcome, None)
 
     async def correct(self, claims: Sequence[WindowClaim], actual_tokens: int, *, admitted_at: float | None = None) -> None:
         """Charges the windows of tokens among `claims` with what was used instead of what was claimed. `admitted_at` (Unix seconds) is
@@ -128,13 +141,16 @@ class StrategyWindows:
         self._clock = clock
 
     async def acquire_all(self, claims: Sequence[WindowClaim]) -> Sequence[WindowState] | Refusal:
-        for claim in claims:
-            if not await self._strategies[claim.kind].test(ClaimItem(claim), *_place(claim), cost=claim.amount):
-                return await self._refused(claim, claims)
+        if (blocked := await self._blocked(claims)) is not None:
+            return await self._refused(blocked, claims)
         for claim in claims:
             if not await self._strategies[claim.kind].hit(ClaimItem(claim), *_place(claim), cost=claim.amount):
                 return await self._refused(claim, claims)
         return await self.peek(claims)
+
+    async def probe(self, claims: Sequence[WindowClaim]) -> Sequence[WindowState] | Refusal:
+        blocked = await self._blocked(claims)
+        return await self.peek(claims) if blocked is None else await self._refused(blocked, claims)
 
     async def peek(self, claims: Sequence[WindowClaim]) -> Sequence[WindowState]:
         return tuple([await self._state(claim) for claim in claims])
@@ -145,6 +161,13 @@ class StrategyWindows:
             if delta > 0:
                 boundless = ClaimItem(WindowClaim(claim.scope, claim.kind, 2 * MAX_WINDOW, delta, claim.seconds))
                 await self._strategies[claim.kind].hit(boundless, *_place(claim), cost=delta)
+
+    async def _blocked(self, claims: Sequence[WindowClaim]) -> WindowClaim | None:
+        """The first window that has no room."""
+        for claim in claims:
+            if not await self._strategies[claim.kind].test(ClaimItem(claim), *_place(claim), cost=claim.amount):
+                return claim
+        return None
 
     async def _refused(self, claim: WindowClaim, claims: Sequence[WindowClaim]) -> Refusal:
         states = await self.peek(claims)

@@ -63,6 +63,29 @@ async def test_a_refusal_says_whose_which_and_how_long(limiter: Limiter, clock: 
     assert str(error) == "rate limit exceeded: at most 2 requests per minute for this tenant; retry in 47.500 seconds"
 
 
+async def test_probing_says_what_admitting_would_and_takes_nothing(limiter: Limiter, clock: FakeClock) -> None:
+    claims = [requests(2), tokens(100, 60)]
+    for _ in range(3):
+        states, error = await limiter.probe(claims)
+        assert ([state.remaining for state in states], error) == ([2, 100], None)
+    await limiter.admit(claims)
+    clock.advance(7)
+    states, error = await limiter.probe(claims)
+    with pytest.raises(RateLimitExceeded) as caught:
+        await limiter.admit(claims)
+    assert isinstance(error, RateLimitExceeded)
+    assert (str(error), error.retry_after, error.details) == (str(caught.value), caught.value.retry_after, caught.value.details)
+    assert [state.remaining for state in states] == [1, 40]
+    assert await limiter.probe([]) == ((), None)
+
+
+async def test_probing_tells_of_a_claim_that_is_larger_than_any_window(limiter: Limiter) -> None:
+    claims = [requests(2), tokens(100, 10**12)]
+    states, error = await limiter.probe(claims)
+    assert error is not None
+    assert (error.code, [state.remaining for state in states]) == ("request_too_large_for_limit", [2, 100])
+
+
 async def test_after_exactly_the_wait_the_same_call_gets_in(limiter: Limiter, clock: FakeClock) -> None:
     claims = [requests(2), tokens(100, 60), tokens(150, 60, scope="gateway")]
     await limiter.admit(claims)

@@ -45,7 +45,7 @@ async def remaining(storage: SharedWindows, *claims: WindowClaim) -> Sequence[in
 
 
 class WindowsContract:
-    """`acquire_all`, `peek` and `adjust`."""
+    """`acquire_all`, `probe`, `peek` and `adjust`."""
 
     async def test_lets_in_as_many_as_the_limit_and_no_more(self, storage: SharedWindows, clock: FakeClock) -> None:
         for left in (2, 1, 0):
@@ -133,6 +133,20 @@ class WindowsContract:
         for _ in range(3):
             assert await remaining(storage, requests(1), tokens(10, 10)) == [1, 10]
         assert await admitted(storage, requests(1), tokens(10, 10))
+
+    async def test_probing_tells_what_taking_would_meet_and_takes_nothing(self, storage: SharedWindows, clock: FakeClock) -> None:
+        claims = requests(2), tokens(100, 60)
+        for _ in range(3):
+            states = await storage.probe(claims)
+            assert not isinstance(states, Refusal)
+            assert [state.remaining for state in states] == [2, 100], "as they are before it"
+        assert await admitted(storage, *claims)
+        clock.advance(7)
+        for _ in range(3):
+            told = await storage.probe(claims)
+            assert isinstance(told, Refusal)
+            assert told == await refused(storage, *claims)
+        assert await remaining(storage, requests(2), tokens(100, 0)) == [1, 40]
 
     async def test_tokens_that_were_not_used_are_given_back(self, storage: SharedWindows, clock: FakeClock) -> None:
         assert await admitted(storage, tokens(100, 90))

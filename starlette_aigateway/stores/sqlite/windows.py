@@ -67,7 +67,10 @@ class Pending(NamedTuple):
 
 
 class Acquire(NamedTuple):
+    """Without `taking`, only tells: the usages are then those before it."""
+
     demands: Sequence[Demand]
+    taking: bool = True
 
     @property
     def windows(self) -> Sequence[Window]:
@@ -77,7 +80,7 @@ class Acquire(NamedTuple):
         blocked = [position for position, demand in enumerate(self.demands) if not book.admits(demand)]
         if blocked:
             return self._refuse(book, blocked)
-        for demand in self.demands:
+        for demand in self.demands if self.taking else ():
             book.hit(demand)
         return Verdict([book.usage(demand) for demand in self.demands])
 
@@ -245,11 +248,11 @@ class SQLiteWindowStorage(Storage, MovingWindowSupport, SlidingWindowCounterSupp
 
     async def acquire_all(self, claims: Sequence[WindowClaim]) -> Sequence[WindowState] | Refusal:
         """Takes the windows of all claims in one transaction, or none of them. Raises `InvalidArgument` if two name the same window."""
-        verdict = await self._judge(Acquire(_demands(claims)))
-        states = _states(claims, verdict)
-        if verdict.blocked is None:
-            return states
-        return Refusal(claims[verdict.blocked], None if verdict.wait is None else in_seconds(verdict.wait), states)
+        return _outcome(claims, await self._judge(Acquire(_demands(claims))))
+
+    async def probe(self, claims: Sequence[WindowClaim]) -> Sequence[WindowState] | Refusal:
+        """As `acquire_all` would answer now; takes nothing, and tells the windows as they are."""
+        return _outcome(claims, await self._judge(Acquire(_demands(claims), taking=False)))
 
     async def peek(self, claims: Sequence[WindowClaim]) -> Sequence[WindowState]:
         """The windows of the claims as they are; takes nothing."""
@@ -416,6 +419,13 @@ def _demands(claims: Sequence[WindowClaim]) -> Sequence[Demand]:
     if len({window for window, _, _ in demands}) != len(demands):
         raise InvalidArgument("two claims name the same window", param="claims")
     return demands
+
+
+def _outcome(claims: Sequence[WindowClaim], verdict: Verdict) -> Sequence[WindowState] | Refusal:
+    states = _states(claims, verdict)
+    if verdict.blocked is None:
+        return states
+    return Refusal(claims[verdict.blocked], None if verdict.wait is None else in_seconds(verdict.wait), states)
 
 
 def _states(claims: Sequence[WindowClaim], verdict: Verdict) -> Sequence[WindowState]:
