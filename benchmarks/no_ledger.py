@@ -17,6 +17,9 @@ class NoLedger:
         self._open[request.id] = request, now
         return Hold(id=request.id, amount=request.wanted, made_at=now, expires_at=request.expires_at)
 
+    async def probe(self, request: HoldRequest, *, now: float) -> Hold:
+        return Hold(id=request.id, amount=request.wanted, made_at=now, expires_at=request.expires_at)
+
     async def settle(self, hold_id: str, settlement: Settlement, *, now: float) -> UsageRecord | None:
         request, made_at = self._open.pop(hold_id)
         return UsageRecord(

@@ -104,6 +104,9 @@ class Ledger(Protocol):
     async def reserve(self, request: HoldRequest, *, now: float) -> Hold:
         """Grants a hold in all scopes or in none. Raises `SpendCapExceeded`, `SpendCapHeld`, `TooManyParallelRequests`."""
 
+    async def probe(self, request: HoldRequest, *, now: float) -> Hold:
+        """The hold that `reserve` would grant now, or the error that it would raise; nothing is held, booked or written."""
+
     async def settle(self, hold_id: str, settlement: Settlement, *, now: float) -> UsageRecord | None:
         """Books an attempt and writes its record. A hold that is settled or released already: nothing happens and its record comes
         back. An expired one: the difference is booked as an `adjusted` record. None: the hold is unknown."""

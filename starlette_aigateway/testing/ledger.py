@@ -303,6 +303,43 @@ class HoldContract:
         assert [one.outcome for one in await records(ledger)] == ["released"]
         await assert_clean(ledger)
 
+    async def test_probing_is_granted_what_reserving_would_be_and_holds_nothing(self, ledger: Ledger, peer: Ledger) -> None:
+        caps = Caps(month=350)
+        wish = hold_request("a", caps=caps, minimum=10, wanted=400, admission=100)
+        for _ in range(3):
+            assert (await peer.probe(wish, now=NOON)).amount == 350
+        assert await money(ledger) == (0, 0)
+        assert await ledger.reserve(wish, now=NOON) == Hold(id="use_a", amount=350, made_at=NOON, expires_at=NOON + LEASE)
+        assert (await ledger.usage(UsageQuery())).data == []
+        await assert_clean(ledger)
+
+    async def test_probing_is_refused_as_reserving_would_be(self, ledger: Ledger, peer: Ledger) -> None:
+        await ledger.set_caps(ACME, Caps(total=250))
+        scopes = (ScopeClaim(ALICE, NO_CAPS, 2), ScopeClaim(ACME))
+        for step in ("held", "parallel", "spent"):
+            wish = hold_request(step, 151 if step == "held" else 100, scopes=scopes)
+            if step == "held":
+                await ledger.reserve(hold_request("first", 100, scopes=scopes), now=NOON)
+            elif step == "parallel":
+                await ledger.reserve(hold_request("second", 100, scopes=scopes), now=NOON)
+            else:
+                await ledger.settle("use_first", completed(151), now=NOON)
+            told, met = await refused(peer.probe(wish, now=NOON)), await refused(ledger.reserve(wish, now=NOON))
+            assert (type(told), str(told), told.details, told.retry_after) == (type(met), str(met), met.details, met.retry_after)
+        assert type(met) is SpendCapExceeded
+        await assert_clean(ledger)
+
+    async def test_probing_counts_an_expired_lease_and_a_new_period_without_writing_either(self, ledger: Ledger, peer: Ledger) -> None:
+        caps = Caps(day=100, total=150)
+        await ledger.reserve(hold_request("a", 100, caps=caps), now=NOON)
+        assert isinstance(await refused(peer.probe(hold_request("b", 100, caps=caps), now=NOON)), SpendCapHeld)
+        late = NOON + LEASE + 1
+        assert type(await refused(peer.probe(hold_request("b", 100, caps=caps), now=late))) is SpendCapExceeded, "the lease is over: booked"
+        assert await money(ledger) == (0, 100), "which only a reserve writes"
+        assert (await peer.probe(hold_request("b", 50, caps=caps), now=NOON + DAY)).amount == 50
+        assert isinstance(await refused(ledger.reserve(hold_request("c", 1, caps=caps), now=NOON)), SpendCapHeld), "no day was seen"
+        await assert_clean(ledger)
+
 
 class ResolveContract:
     """Settling, releasing, renewing, expiring; each once."""

@@ -41,9 +41,10 @@ class SQLiteLedger:
         self._durability: Durability = durability
         self._timeout = timeout
         self._prices = Prices()
+        self._writer = BatchWriter(self._prices)
         self._commit = GroupCommit[Op, Result](
             self._connect,
-            BatchWriter(self._prices).apply,
+            self._writer.apply,
             name="ledger",
             lock_file=self._path.with_name(self._path.name + ".lock"),
             timeout=timeout,
@@ -83,6 +84,13 @@ class SQLiteLedger:
         result = await self._commit.run(Reserve(request, self._prices.dump(request.price), now))
         assert isinstance(result, Hold)
         return result
+
+    async def probe(self, request: HoldRequest, *, now: float) -> Hold:
+        """Decided as in `reserve`, beside the writer, on one snapshot."""
+        _check_hold(request)
+        check_moment(now, "now")
+        op = Reserve(request, self._prices.dump(request.price), now)
+        return await self._readers.run(lambda connection: self._writer.probe(connection, op))
 
     async def settle(self, hold_id: str, settlement: Settlement, *, now: float) -> UsageRecord | None:
         check_settlement(settlement)

@@ -113,6 +113,16 @@ class BatchWriter:
         batch.flush()
         return results
 
+    def probe(self, connection: sqlite3.Connection, op: Reserve) -> Hold:
+        """What `op` would be granted in a batch of its own; nothing is written. For any thread."""
+        batch = Batch(connection, [op], self._prices)
+        batch.load(0)
+        outcome = batch.decide(op)
+        if isinstance(outcome, AIGatewayError):
+            raise outcome
+        assert isinstance(outcome, Hold)
+        return outcome
+
 
 class Batch:
     """What is known of everything that the operations touch, and what they change."""
