@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from time import monotonic
 
+from msgspec.structs import replace
+
 from .accounts import GATEWAY_SCOPE, ScopeClaim, principal_scope, tenant_scope
 from .answers import Answers
 from .calls import Bill, Call, Done, Offer, PricedTarget
@@ -64,6 +66,21 @@ class Admission:
         bill: Bill | None = None,
     ) -> Call:
         """Renders, plans, authorizes, looks the answer up and limits; what comes out may be answered."""
+        call = await self.asked(principal, request, options, request_id, stream=stream, bill=bill)
+        windows = await self._s.limiter.admit(call.claims)
+        return replace(call, windows=windows, admitted_at=self._s.clock())
+
+    async def asked(
+        self,
+        principal: Principal,
+        request: CompletionRequest,
+        options: CallOptions,
+        request_id: str,
+        *,
+        stream: bool,
+        bill: Bill | None = None,
+    ) -> Call:
+        """A call that has not passed its windows yet: everything of `admit` that takes nothing."""
         started = monotonic()
         openai_chat.validate(request)
         requested = request.model
@@ -76,7 +93,6 @@ class Admission:
         stored = await self._answers.lookup(cache_key, options)
         owners = self._owners(principal, limits, tenant)
         claims = self._claims(owners, request, free=stored is not None)
-        windows = await self._s.limiter.admit(claims)
         return Call(
             request_id=request_id,
             principal=principal,
@@ -86,7 +102,7 @@ class Admission:
             plan=plan,
             owners=owners,
             claims=claims,
-            windows=windows,
+            windows=(),
             cache_key=cache_key,
             stored=stored,
             started=started,
@@ -156,13 +172,14 @@ class Admission:
 
     async def offer(self, call: Call) -> Offer:
         try:
-            return await self._priced(call)
+            return await self.priced(call)
         except AIGatewayError as error:
             await self.give_tokens_back(call, error)
             raise
 
-    async def _priced(self, call: Call) -> Offer:
-        """The targets with their prices and with what each has to hold. Under a cap, those that cannot be held are left out."""
+    async def priced(self, call: Call) -> Offer:
+        """The targets with their prices and with what each has to hold. Under a cap, those that cannot be held are left out. Raises
+        `CostUnbounded` and `PriceUnknown` where none is left."""
         plan, request = call.plan, call.request
         capped = any(owner.capped for _, owner in call.owners)
         if capped:
@@ -189,7 +206,7 @@ class Admission:
             )
             priced.append(PricedTarget(target, provider, price, ask))
         if priced:
-            return Offer(targets=tuple(priced), scopes=_scopes(call), input_tokens=input_tokens, bounded=capped)
+            return Offer(targets=tuple(priced), scopes=scopes(call), input_tokens=input_tokens, bounded=capped)
         if unbounded:
             raise CostUnbounded(
                 f"no provider of {plan.model!r} can bound its output, and this account has a spend cap; the host may give the provider "
@@ -218,8 +235,8 @@ class Admission:
             await self._s.limiter.correct(call.claims, usage.input_tokens + usage.output_tokens, admitted_at=call.admitted_at)
 
 
-def _scopes(call: Call) -> tuple[ScopeClaim, ...]:
-    """Caps of None are stored ones: those of a tenant by name and of the gateway are read inside the ledger's transaction."""
+def scopes(call: Call) -> tuple[ScopeClaim, ...]:
+    """Who pays. Caps of None are stored ones: those of a tenant by name and of the gateway are read inside the ledger's transaction."""
     tenant = call.principal.tenant
     return tuple(
         ScopeClaim(

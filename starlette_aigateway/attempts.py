@@ -66,10 +66,7 @@ class Attempt:
     @property
     def output_bound(self) -> int | None:
         """The output bound in tokens that is sent and that the hold pays for; None where nothing has to be bounded."""
-        ask = self.priced.ask
-        if ask.given or not self.offer.bounded:
-            return self.call.request.max_tokens
-        return estimate.affordable(self.hold.amount, self.offer.input_tokens, self.call.request.n, self.priced.price, ask.output_wanted)
+        return self.offer.output_bound(self.call.request, self.priced, self.hold.amount)
 
     @property
     def lowered_to(self) -> int | None:
@@ -300,25 +297,12 @@ class Attempts:
         """Holds the money of one attempt. Raises the provider's error when a later hold does not fit."""
         priced = offer.at(target)
         now = self._clock()
-        request = HoldRequest(
-            id=keys.mint_id("use_", now, self._random),
-            request_id=call.request_id,
-            attempt=len(failures) + 1,
-            scopes=offer.scopes,
-            principal=call.principal.id,
-            tenant=call.principal.tenant_id,
-            key_id=call.principal.key_id,
-            provider=target.provider,
-            model=call.plan.model,
-            price=priced.price,
-            minimum=priced.ask.minimum,
-            wanted=priced.ask.wanted,
-            admission=offer.admission if not failures else priced.ask.minimum,
-            expires_at=now + _lease(call, priced, self._timeouts),
-            prompt=call.prompt,
-            tags=call.options.tags,
-            replaces=replaces.id if replaces is not None else None,
+        request = offer.hold_request(
+            call, priced, hold_id=keys.mint_id("use_", now, self._random), expires_at=now + _lease(call, priced, self._timeouts)
         )
+        if failures:
+            replaced = replaces.id if replaces is not None else None
+            request = replace(request, attempt=len(failures) + 1, admission=priced.ask.minimum, replaces=replaced)
         try:
             hold = await self._reserve(job, request, now)
         except SpendCapExceeded as refused:

@@ -8,7 +8,8 @@ from decimal import Decimal
 from msgspec import Struct
 
 from . import money, replay
-from .accounts import ScopeClaim, UsageRecord
+from .accounts import HoldRequest, ScopeClaim, UsageRecord
+from .policy import estimate
 from .policy.caching import CachedAnswer, CachedCompletion
 from .policy.estimate import Ask
 from .policy.routing import Plan, Target
@@ -46,6 +47,34 @@ class Offer(Struct, frozen=True, kw_only=True):
     def admission(self) -> int:
         """Nano-USD that the dearest target needs at the least."""
         return max(priced.ask.minimum for priced in self.targets)
+
+    def output_bound(self, request: CompletionRequest, priced: PricedTarget, granted: int) -> int | None:
+        """The output bound in tokens, in each choice, that is sent and that `granted` nano-USD pay for; None where nothing has to be
+        bounded."""
+        if priced.ask.given or not self.bounded:
+            return request.max_tokens
+        return estimate.affordable(granted, self.input_tokens, request.n, priced.price, priced.ask.output_wanted)
+
+    def hold_request(self, call: Call, priced: PricedTarget, *, hold_id: str, expires_at: float) -> HoldRequest:
+        """What the first attempt of `call`, if it is at `priced`, asks of the ledger."""
+        return HoldRequest(
+            id=hold_id,
+            request_id=call.request_id,
+            attempt=1,
+            scopes=self.scopes,
+            principal=call.principal.id,
+            tenant=call.principal.tenant_id,
+            key_id=call.principal.key_id,
+            provider=priced.target.provider,
+            model=call.plan.model,
+            price=priced.price,
+            minimum=priced.ask.minimum,
+            wanted=priced.ask.wanted,
+            admission=self.admission,
+            expires_at=expires_at,
+            prompt=call.prompt,
+            tags=call.options.tags,
+        )
 
 
 class Bill:
