@@ -14,6 +14,8 @@ from msgspec import Struct
 from . import money
 from .errors import InvalidArgument
 from .money import Money
+from .prices import Price as Price
+from .prices import PriceTier as PriceTier
 
 MAX_WINDOW = 10**12
 KEY_ID_PREFIX = "key_"
@@ -32,12 +34,14 @@ class Message(TypedDict, total=False):
 
 class Usage(Struct, frozen=True, kw_only=True):
     """Tokens of one answer, in the terms of the OpenTelemetry GenAI conventions: `input_tokens` include the cached ones and
-    `output_tokens` include the reasoning ones."""
+    `output_tokens` include the reasoning ones. `cache_creation_1h_input_tokens` are those of `cache_creation_input_tokens` that the
+    provider keeps for an hour."""
 
     input_tokens: int
     output_tokens: int
     cache_read_input_tokens: int = 0
     cache_creation_input_tokens: int = 0
+    cache_creation_1h_input_tokens: int = 0
     reasoning_output_tokens: int = 0
 
 
@@ -250,42 +254,6 @@ class Key(Limits):
     def usable_at(self, now: float) -> bool:
         """Whether the key opens a door at `now` (Unix seconds)."""
         return self.revoked_at is None and (self.expires_at is None or now < self.expires_at.timestamp())
-
-
-@dataclass(frozen=True, slots=True, init=False)
-class Price:
-    """US dollars per million tokens; `request` is US dollars per call.
-
-    `cache_read` and `cache_write` (input tokens that the provider read from, or wrote to, its own prompt cache) cost as `input`
-    where they are not given. `output` includes reasoning. Raises `InvalidArgument` for a float, a negative or an absurd amount.
-    """
-
-    input: Decimal
-    output: Decimal
-    cache_read: Decimal
-    cache_write: Decimal
-    request: Decimal
-
-    def __init__(
-        self,
-        input: Money,  # noqa: A002  # the vendors' word
-        output: Money,
-        *,
-        cache_read: Money | None = None,
-        cache_write: Money | None = None,
-        request: Money = 0,
-    ) -> None:
-        put = object.__setattr__
-        put(self, "input", money.usd(input, "input"))
-        put(self, "output", money.usd(output, "output"))
-        put(self, "cache_read", self.input if cache_read is None else money.usd(cache_read, "cache_read"))
-        put(self, "cache_write", self.input if cache_write is None else money.usd(cache_write, "cache_write"))
-        put(self, "request", money.usd(request, "request"))
-
-    @classmethod
-    def free(cls) -> Price:
-        """A model that costs nothing, said on purpose: a missing price is an error for principals under a cap."""
-        return cls(0, 0)
 
 
 class PromptRef(Struct, frozen=True, kw_only=True):

@@ -445,10 +445,36 @@ def test_a_reason_that_nobody_knows_ends_the_answer_all_the_same() -> None:
         {**FIGURES, "cache_creation_input_tokens": -1},
         {**FIGURES, "input_tokens": 2**40},
         {**FIGURES, "output_tokens_details": 7},
+        {**FIGURES, "cache_creation": 7},
+        {**FIGURES, "cache_creation": {"ephemeral_1h_input_tokens": -1}},
     ],
 )
 def test_a_usage_that_cannot_be_true_is_none(usage: Any) -> None:
     assert anthropic_messages.decode_completion(message(text("x"), usage=usage, official_too=False)).usage is None
+
+
+@pytest.mark.parametrize(
+    ("kept", "written", "hour"),
+    [
+        (None, 20, 0),
+        ({}, 20, 0),
+        ({"ephemeral_5m_input_tokens": 15, "ephemeral_1h_input_tokens": 5}, 20, 5),
+        ({"ephemeral_5m_input_tokens": 0, "ephemeral_1h_input_tokens": 20}, 20, 20),
+        ({"ephemeral_5m_input_tokens": 20, "ephemeral_1h_input_tokens": 5}, 25, 5),
+    ],
+)
+def test_writes_for_an_hour_are_told_apart_whole_and_streamed(kept: Any, written: int, hour: int) -> None:
+    usage = {**FIGURES, "cache_creation": kept}
+    expected = Usage(
+        input_tokens=103 + written,
+        output_tokens=7,
+        cache_read_input_tokens=100,
+        cache_creation_input_tokens=written,
+        cache_creation_1h_input_tokens=hour,
+    )
+    assert anthropic_messages.decode_completion(message(text("x"), usage=usage, official_too=False)).usage == expected
+    begun = event("message_start", official_too=False, message={"id": "msg_1", "usage": {**usage, "output_tokens": 1}})
+    assert read(begun, end(usage={"output_tokens": 7}), STOP)[-1].usage == expected
 
 
 def test_thinking_is_part_of_the_output() -> None:

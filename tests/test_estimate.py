@@ -13,14 +13,12 @@ from hypothesis import strategies as st
 from starlette_aigateway.errors import InvalidRequest
 from starlette_aigateway.policy import estimate
 from starlette_aigateway.policy.pricing import cost
-from starlette_aigateway.types import CompletionRequest, Message, Price, Usage
+from starlette_aigateway.types import CompletionRequest, Message, Price, PriceTier
+
+from .money_strategies import choices, counts, prices, usages
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=80)
 messages = st.lists(st.fixed_dictionaries({"role": st.sampled_from(["system", "user", "assistant"]), "content": texts}), max_size=6)
-amounts = st.decimals(min_value=0, max_value=100, places=6, allow_nan=False, allow_infinity=False)
-prices = st.builds(Price, amounts, amounts, cache_read=st.none() | amounts, cache_write=st.none() | amounts, request=amounts)
-counts = st.integers(min_value=0, max_value=200_000)
-choices = st.none() | st.integers(min_value=1, max_value=8)
 
 
 def request(*contents: str, **fields: Any) -> CompletionRequest:
@@ -89,11 +87,25 @@ def test_endless_nesting_is_refused() -> None:
         estimate.size(request("hi", params={"x": deep}))
 
 
-@given(price=prices, plain=counts, read=counts, created=counts, output=counts, n=choices)
-def test_the_worst_case_is_never_below_the_cost(price: Price, plain: int, read: int, created: int, output: int, n: int | None) -> None:
-    total = plain + read + created
-    used = Usage(input_tokens=total, output_tokens=output * (n or 1), cache_read_input_tokens=read, cache_creation_input_tokens=created)
-    assert estimate.amount(total, output, n, price) >= cost(used, price)
+@given(data=st.data(), price=prices, input_bound=counts, output_bound=counts, n=choices)
+def test_the_worst_case_is_never_below_the_cost_of_any_split(
+    data: st.DataObject, price: Price, input_bound: int, output_bound: int, n: int | None
+) -> None:
+    used = data.draw(usages(input_tokens=input_bound, output_tokens=output_bound * (n or 1)))
+    assert estimate.amount(input_bound, output_bound, n, price) >= cost(used, price)
+
+
+@given(data=st.data(), said=messages, price=prices, granted=st.integers(0, 10**15), n=choices)
+def test_whatever_a_request_turns_out_to_be_it_costs_no_more_than_was_granted(
+    data: st.DataObject, said: list[Message], price: Price, granted: int, n: int | None
+) -> None:
+    """From the request to the bill: the bound of the input, the output that the grant affords, any usage within the two."""
+    asked = estimate.ask(CompletionRequest(model="m", messages=said, n=n), 0, price=price)
+    input_bound = estimate.input_bound(CompletionRequest(model="m", messages=said))
+    bound = estimate.affordable(granted, input_bound, n, price, asked.output_wanted)
+    if bound:
+        used = data.draw(usages(input_tokens=input_bound, output_tokens=bound * (n or 1)))
+        assert cost(used, price) <= granted
 
 
 def test_without_a_price_every_amount_is_nothing() -> None:
@@ -155,6 +167,14 @@ def test_a_grant_pays_for_input_at_the_dearest_of_its_rates() -> None:
     assert estimate.affordable(granted, 1000, 2, price, 4096) == 300
     assert estimate.affordable(granted - 1, 1000, 2, price, 4096) == 299
     assert estimate.affordable(1000, 1000, 2, price, 4096) == 0
+
+
+def test_a_grant_pays_for_output_in_every_tier_that_the_input_may_be_in() -> None:
+    price = Price(1, 4, tiers=[PriceTier(500, 2, 1, reasoning=3)])
+    granted = estimate.amount(1000, 2000, None, price)
+    assert granted == 500 * 1000 + 2000 * 4000
+    assert estimate.affordable(granted, 1000, None, price, 4096) == 2000
+    assert estimate.affordable(1_999_999, 1000, None, price, 4096) == 0
 
 
 @given(price=prices, tokens=counts, n=choices, wanted=counts)

@@ -317,12 +317,24 @@ def test_a_bad_prompt_is_400_and_its_place_is_named(shared: Service, path: str, 
 def test_a_stored_price_holds_from_the_next_call_on_until_it_is_removed(host: Service) -> None:
     headers, _ = host.key()
     put = host.call("PUT", "/prices", json={"model": "echo", "price": {"input": 1000, "output": "2000", "request": "0.5"}}).json()
-    assert put["price"] == {"input": "1000", "output": "2000", "cache_read": "1000", "cache_write": "1000", "request": "0.5"}
+    assert put["price"] == {
+        "input": "1000", "output": "2000", "cache_read": "1000", "cache_write": "1000", "cache_write_1h": "1000", "reasoning": "2000",
+        "request": "0.5", "tiers": [],
+    }  # fmt: skip
     assert host.complete(headers, max_tokens=10).headers["x-aigateway-cost-usd"] == "0.509"
     assert host.call("GET", "/prices").json()["data"] == [put]
     assert host.call("PUT", "/prices", json={"model": "echo", "price": None}).json()["price"] is None
     assert host.call("GET", "/prices").json()["data"] == []
     assert host.complete(headers, max_tokens=11).headers["x-aigateway-cost-usd"] == "0.000009"
+
+
+def test_a_price_with_tiers_is_shown_as_it_was_put(host: Service) -> None:
+    tier = {"above": 200_000, "input": "6", "output": "22.5", "cache_read": "0.6", "cache_write": "7.5", "cache_write_1h": "12"}
+    price = {"input": "3", "output": "15", "cache_read": "0.3", "cache_write": "3.75", "cache_write_1h": "6", "tiers": [tier]}
+    put = host.call("PUT", "/prices", json={"model": "claude", "price": price}).json()
+    assert put["price"] == {**price, "reasoning": "15", "request": "0", "tiers": [{**tier, "reasoning": "22.5"}]}
+    assert host.call("GET", "/prices").json()["data"] == [put]
+    assert host.call("PUT", "/prices", json={"model": "claude", "price": put["price"]}).json() == put
 
 
 @pytest.mark.parametrize(
@@ -333,6 +345,16 @@ def test_a_stored_price_holds_from_the_next_call_on_until_it_is_removed(host: Se
         ({"model": "x", "price": {"input": 0.15, "output": 1}}, "price.input"),
         ({"model": "x", "price": {"input": None, "output": 1}}, "price.input"),
         ({"model": "x", "price": {"input": 1, "output": 1, "extra": 1}}, "price.extra"),
+        ({"model": "x", "price": {"input": 1, "output": 1, "cache_write_1h": 0.5}}, "price.cache_write_1h"),
+        ({"model": "x", "price": {"input": 1, "output": 1, "tiers": {}}}, "price.tiers"),
+        ({"model": "x", "price": {"input": 1, "output": 1, "tiers": [5]}}, "price.tiers[0]"),
+        ({"model": "x", "price": {"input": 1, "output": 1, "tiers": [{"input": 1, "output": 1}]}}, "price.tiers[0].above"),
+        ({"model": "x", "price": {"input": 1, "output": 1, "tiers": [{"above": 5, "input": 1}]}}, "price.tiers[0].output"),
+        ({"model": "x", "price": {"input": 1, "output": 1, "tiers": [{"above": 0, "input": 1, "output": 1}]}}, "price.tiers[0].above"),
+        ({"model": "x", "price": {"input": 1, "output": 1, "tiers": [{"above": 5, "input": 1, "output": 0.5}]}}, "price.tiers[0].output"),
+        ({"model": "x", "price": {"input": 1, "output": 1, "tiers": [{"above": 5, "input": 1, "output": 1}] * 2}}, "price.tiers"),
+        ({"model": "x", "price": {"input": 1, "output": 1, "tiers": [{"above": 5, "input": 1, "output": 1, "request": 1}]}},
+         "price.tiers[0].request"),
         ({"model": "x", "provider": 1, "price": None}, "provider"),
         ({"model": "x", "price": None, "more": 1}, "more"),
     ],

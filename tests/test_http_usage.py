@@ -59,8 +59,12 @@ def test_a_record_tells_who_what_when_and_at_which_price(host: Service) -> None:
     assert record | {"id": "", "latency_ms": 0} == {
         "id": "", "request_id": answer.headers["request-id"], "attempt": 1, "created_at": "2026-01-31T12:00:00Z",
         "principal": key["id"], "tenant": "acme", "key_id": key["id"], "provider": "echo", "model": "echo", "response_model": "echo",
-        "input_tokens": 2, "output_tokens": 0, "cache_read_input_tokens": 0, "cost_usd": "0.000002",
-        "price": {"input": "1", "output": "2", "cache_read": "1", "cache_write": "1", "request": "0"},
+        "input_tokens": 2, "output_tokens": 0, "cache_read_input_tokens": 0, "cache_creation_input_tokens": 0,
+        "cache_creation_1h_input_tokens": 0, "reasoning_output_tokens": 0, "cost_usd": "0.000002",
+        "price": {
+            "input": "1", "output": "2", "cache_read": "1", "cache_write": "1", "cache_write_1h": "1", "reasoning": "2", "request": "0",
+            "tiers": [],
+        },
         "outcome": "completed", "cached": False, "latency_ms": 0, "prompt": "greet@1", "tags": {},
     }  # fmt: skip
     assert record["id"].startswith("use_")

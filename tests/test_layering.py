@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1] / PACKAGE
 
 # Layers from the ground up: rooms of one layer do not see each other, a room sees itself and every layer below.
 LAYERS: tuple[dict[str, set[str]], ...] = (
-    {"ground": {"errors", "money", "types", "accounts", "events"}},
+    {"ground": {"errors", "money", "prices", "types", "accounts", "events"}},
     {"protocols": {"protocols"}, "wakeup": {"wakeup"}, "entropy": {"entropy"}},
     {"wires": {"wires"}},
     {"policy": {"policy"}},

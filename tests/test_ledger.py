@@ -32,7 +32,7 @@ from starlette_aigateway.testing.ledger import (
     money,
     refused,
 )
-from starlette_aigateway.types import Caps, Price
+from starlette_aigateway.types import Caps, Price, PriceTier
 
 pytestmark = pytest.mark.anyio
 
@@ -164,7 +164,7 @@ def test_price_snapshots_are_remembered_within_a_bound_and_come_back_as_they_wer
 
 
 async def test_expired_holds_come_back_with_their_price(ledger: SQLiteLedger) -> None:
-    price = Price("0.000000001", "1000", cache_read="0.1", cache_write=3, request="0.25")
+    price = Price("0.000000001", "1000", cache_read="0.1", cache_write=3, request="0.25", tiers=[PriceTier(200_000, 2, "0.5", reasoning=1)])
     await ledger.reserve(hold_request("a", price=price), now=NOON)
     await ledger.reserve(hold_request("b", price=None), now=NOON)
     assert {record.id: record.price for record in await ledger.expire(now=NOON + LEASE)} == {"use_a": price, "use_b": None}

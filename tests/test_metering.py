@@ -58,6 +58,17 @@ def test_a_client_that_left_pays_for_what_came_and_for_all_where_nothing_did() -
     assert (early.outcome, early.amount) == ("ambiguous", HOLD.amount)
 
 
+def test_what_nobody_told_is_estimated_at_the_dearest_rates() -> None:
+    """It may have been written to a cache, or thought: an estimate is never below what the provider bills."""
+    price = Price("1000", "2000", cache_write="3000", reasoning="4000")
+    amount = 10 * 3_000_000 + 5 * 4_000_000
+    left = metering.abandoned(HOLD, price, received=USAGE, latency_ms=0)
+    silent = metering.completed(HOLD, price, USAGE, bounded=False, reported=False, model=None, latency_ms=0)
+    failed = metering.failed(HOLD, price, ProviderError("x"), received=USAGE, latency_ms=0)
+    assert failed is not None
+    assert left.amount == silent.amount == failed.amount == amount
+
+
 @pytest.mark.parametrize(
     "usage",
     [

@@ -22,30 +22,29 @@ from genai_prices.types import (
     TimeOfDateConstraint,
 )
 from hypothesis import given
-from hypothesis import strategies as st
 
 from starlette_aigateway.errors import ConfigurationError, InvalidArgument
-from starlette_aigateway.policy.pricing import PriceBook, cost, rates
+from starlette_aigateway.policy.pricing import PriceBook, cost, most
 from starlette_aigateway.public_prices import PublicPrices, dearest, price_field, price_tables
-from starlette_aigateway.types import Price, Usage
+from starlette_aigateway.types import Price, PriceTier, Usage
+
+from .money_strategies import prices, usages
 
 NOW = datetime(2026, 6, 1, 12, tzinfo=UTC)
 
-amounts = st.decimals(min_value=0, max_value=1000, places=9, allow_nan=False, allow_infinity=False)
-prices = st.builds(Price, amounts, amounts, cache_read=st.none() | amounts, cache_write=st.none() | amounts, request=amounts)
-tokens = st.integers(min_value=0, max_value=10**9)
 
-
-@given(price=prices, plain=tokens, read=tokens, created=tokens, output=tokens)
-def test_the_cost_is_exact_and_rounded_up_once(price: Price, plain: int, read: int, created: int, output: int) -> None:
-    usage = Usage(
-        input_tokens=plain + read + created, output_tokens=output, cache_read_input_tokens=read, cache_creation_input_tokens=created
-    )
+@given(price=prices, usage=usages())
+def test_the_cost_is_exact_and_rounded_up_once(price: Price, usage: Usage) -> None:
+    rates = next((tier for tier in reversed(price.tiers) if usage.input_tokens > tier.above), price)
+    read, written, hour = usage.cache_read_input_tokens, usage.cache_creation_input_tokens, usage.cache_creation_1h_input_tokens
+    thought = usage.reasoning_output_tokens
     dollars = (
-        plain * Fraction(price.input)
-        + read * Fraction(price.cache_read)
-        + created * Fraction(price.cache_write)
-        + output * Fraction(price.output)
+        (usage.input_tokens - read - written) * Fraction(rates.input)
+        + read * Fraction(rates.cache_read)
+        + (written - hour) * Fraction(rates.cache_write)
+        + hour * Fraction(rates.cache_write_1h)
+        + (usage.output_tokens - thought) * Fraction(rates.output)
+        + thought * Fraction(rates.reasoning)
     ) / 10**6
     assert cost(usage, price) == math.ceil(dollars * 10**9) + Fraction(price.request) * 10**9
     assert type(cost(usage, price)) is int
@@ -76,9 +75,57 @@ def test_without_a_price_and_with_a_free_one_it_costs_nothing() -> None:
     assert cost(usage, Price.free()) == 0
 
 
-def test_the_dearest_input_rate_is_of_all_three() -> None:
-    assert rates(Price(1, 9, cache_read=3, cache_write=2)).dearest_input == 3_000_000_000
-    assert rates(Price(1, 9)).dearest_input == 1_000_000_000
+LONG = Price(1, 10, cache_read="0.1", tiers=[PriceTier(1000, 2, 15), PriceTier(2000, 4, 30)])
+
+
+@pytest.mark.parametrize(
+    ("input_tokens", "output", "nano"),
+    [
+        (1000, 1, 1000 * 1000 + 10_000),
+        (1001, 1, 1001 * 2000 + 15_000),
+        (2000, 0, 2000 * 2000),
+        (2001, 2, 2001 * 4000 + 60_000),
+    ],
+)
+def test_a_call_is_at_the_rates_of_the_tier_that_its_input_exceeds_as_a_whole(input_tokens: int, output: int, nano: int) -> None:
+    assert cost(Usage(input_tokens=input_tokens, output_tokens=output), LONG) == nano
+
+
+def test_cached_tokens_count_for_the_tier() -> None:
+    usage = Usage(input_tokens=1001, output_tokens=0, cache_read_input_tokens=1001)
+    assert cost(usage, LONG) == 1001 * 2000
+    assert cost(Usage(input_tokens=0, output_tokens=0, cache_read_input_tokens=1001), LONG) == 1001 * 2000
+
+
+def test_writes_for_an_hour_and_reasoning_have_rates_of_their_own() -> None:
+    price = Price(3, 15, cache_write="3.75", cache_write_1h=6, reasoning=60)
+    usage = Usage(input_tokens=30, output_tokens=7, cache_creation_input_tokens=20, cache_creation_1h_input_tokens=5)
+    assert cost(usage, price) == 10 * 3000 + 15 * 3750 + 5 * 6000 + 7 * 15_000
+    assert cost(Usage(input_tokens=0, output_tokens=7, reasoning_output_tokens=4), price) == 3 * 15_000 + 4 * 60_000
+
+
+def test_more_of_a_kind_than_of_the_whole_is_charged_in_full() -> None:
+    price = Price(3, 15, cache_write=4, cache_write_1h=6, reasoning=60)
+    assert cost(Usage(input_tokens=0, output_tokens=2, reasoning_output_tokens=5), price) == 5 * 60_000
+    assert cost(Usage(input_tokens=9, output_tokens=0, cache_creation_input_tokens=3, cache_creation_1h_input_tokens=9), price) == 9 * 6000
+
+
+@given(price=prices, usage=usages(input_tokens=400_000))
+def test_nothing_of_at_most_so_many_tokens_costs_more_than_the_most(price: Price, usage: Usage) -> None:
+    for input_bound in (usage.input_tokens, 400_000):
+        assert cost(usage, price) <= most(input_bound, usage.output_tokens, price)
+
+
+@pytest.mark.parametrize("price", [Price(4, 1, tiers=[PriceTier(1000, 1, 1)]), Price(1, 9, tiers=[PriceTier(1000, 1, 1)])])
+def test_a_shorter_call_may_be_the_dearer_one(price: Price) -> None:
+    worst = most(1001, 1000, price)
+    assert worst > cost(Usage(input_tokens=1001, output_tokens=1000), price)
+    assert worst == cost(Usage(input_tokens=1000, output_tokens=1000), price)
+
+
+def test_a_tier_that_cannot_be_reached_does_not_count() -> None:
+    assert most(1000, 1, LONG) == 1000 * 1000 + 10_000
+    assert most(10, 1, None) == 0
 
 
 def priced(number: int) -> Price:

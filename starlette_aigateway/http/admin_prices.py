@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from starlette.responses import Response
 
 from ..errors import InvalidArgument, InvalidRequest
-from ..types import Price, check_id
+from ..prices import FOLLOWS, RATES, Price, PriceTier
+from ..types import check_id
 from . import pages, realm, shapes
 from .bodies import known_fields
 from .exchange import Exchange
 
-AMOUNTS = ("input", "output", "cache_read", "cache_write", "request")
+T = TypeVar("T")
 
 
 async def list_prices(exchange: Exchange) -> Response:
@@ -46,13 +48,34 @@ def _shown(provider: str | None, model: str, price: Price | None) -> dict[str, A
 def _price(given: Any) -> Price | None:
     if given is None:
         return None
+    fields = _rates(given, "price", ("request", "tiers"))
+    tiers = fields.pop("tiers", [])
+    if not isinstance(tiers, list):
+        raise InvalidRequest("price.tiers must be a list of objects, or null", param="price.tiers")
+    made = [_tier(tier, f"price.tiers[{index}]") for index, tier in enumerate(tiers)]
+    return _made(Price, {**fields, "tiers": made}, "price")
+
+
+def _tier(given: Any, where: str) -> PriceTier:
+    fields = _rates(given, where, ("above",))
+    if "above" not in fields:
+        raise InvalidRequest(f"{where}.above is required: the input tokens that such a call exceeds", param=f"{where}.above")
+    return _made(PriceTier, fields, where)
+
+
+def _rates(given: Any, where: str, others: tuple[str, ...]) -> dict[str, Any]:
+    """The fields of a price or of a tier; null is as good as left out where a rate may follow another."""
     if not isinstance(given, dict):
-        raise InvalidRequest("price must be an object or null", param="price")
-    known_fields(given, AMOUNTS, "price.")
-    for name in ("input", "output"):
-        if name not in given:
-            raise InvalidRequest(f"price.{name} is required: US dollars per million tokens", param=f"price.{name}")
+        raise InvalidRequest(f"{where} must be an object{' or null' if where == 'price' else ''}", param=where)
+    known_fields(given, (*RATES, *others), f"{where}.")
+    for name in RATES:
+        if name not in FOLLOWS and name not in given:
+            raise InvalidRequest(f"{where}.{name} is required: US dollars per million tokens", param=f"{where}.{name}")
+    return {name: value for name, value in given.items() if value is not None or name in ("input", "output", "above")}
+
+
+def _made(kind: Callable[..., T], fields: dict[str, Any], where: str) -> T:
     try:
-        return Price(**{name: value for name, value in given.items() if value is not None or name in ("input", "output")})
+        return kind(**fields)
     except InvalidArgument as error:
-        raise InvalidRequest(f"price.{error.message}", param=f"price.{error.param}") from None
+        raise InvalidRequest(f"{where}.{error.message}", param=f"{where}.{error.param}") from None

@@ -10,7 +10,9 @@ from typing import Any, TypeAlias
 
 from ..accounts import GROUPINGS
 from ..policy.prompts import ROLES, SETTINGS
+from ..prices import FOLLOWS, MAX_ABOVE, MAX_TIERS, RATES
 from ..types import CAP_NAMES, COUNT_NAMES, MAX_WINDOW
+from .shapes import TOKEN_FIELDS
 
 Schema: TypeAlias = dict[str, Any]
 
@@ -117,15 +119,7 @@ def _calls() -> dict[str, Schema]:
             "additionalProperties": True,
             "description": "As the provider sent it where it speaks this wire, else built in its shape",
         },
-        "Usage": closed(
-            {
-                "input_tokens": COUNT,
-                "output_tokens": COUNT,
-                "cache_read_input_tokens": COUNT,
-                "cache_creation_input_tokens": COUNT,
-                "reasoning_output_tokens": COUNT,
-            }
-        ),
+        "Usage": closed(dict.fromkeys(TOKEN_FIELDS, COUNT)),
         "Model": closed({"id": TEXT, "object": {"const": "model"}, "created": COUNT, "owned_by": TEXT}),
         "ModelList": closed({"object": {"const": "list"}, "data": array(ref("Model"))}),
     }
@@ -230,7 +224,6 @@ def _prompts() -> dict[str, Schema]:
 
 def _usage() -> dict[str, Schema]:
     totals: dict[str, Schema] = {"calls": COUNT, "cached_calls": COUNT, "input_tokens": COUNT, "output_tokens": COUNT, "cost_usd": USD}
-    rates = ("input", "output", "cache_read", "cache_write", "request")
     outcomes = ("completed", "estimated", "ambiguous", "overrun", "expired", "cached", "released", "adjusted")
     by: Schema = {"type": "object", "properties": {name: maybe(TEXT) for name in GROUPINGS}, "additionalProperties": False}
     record: dict[str, Schema] = {
@@ -244,9 +237,7 @@ def _usage() -> dict[str, Schema]:
         "provider": TEXT,
         "model": TEXT,
         "response_model": maybe(TEXT),
-        "input_tokens": COUNT,
-        "output_tokens": COUNT,
-        "cache_read_input_tokens": COUNT,
+        **dict.fromkeys(TOKEN_FIELDS, COUNT),
         "cost_usd": USD,
         "price": maybe(ref("Price")),
         "outcome": {"enum": list(outcomes)},
@@ -268,11 +259,25 @@ def _usage() -> dict[str, Schema]:
                 "next_cursor": maybe(TEXT),
             }
         ),
-        "Price": {**closed(dict.fromkeys(rates, USD)), "description": "per million tokens; `request` per call"},
-        "GivenPrice": closed({name: USD_IN if name in rates[:2] else maybe(USD_IN) for name in rates}, rates[:2]),
+        **_prices(),
         "NewPrice": closed({"model": ID, "provider": maybe(ID), "price": maybe(ref("GivenPrice"))}, ("model", "price")),
         "StoredPrice": closed({"provider": maybe(ID), "model": ID, "price": maybe(ref("Price"))}),
         "PriceList": page_of("StoredPrice"),
+    }
+
+
+def _prices() -> dict[str, Schema]:
+    rates, given = dict.fromkeys(RATES, USD), {name: maybe(USD_IN) if name in FOLLOWS else USD_IN for name in RATES}
+    needed = tuple(name for name in RATES if name not in FOLLOWS)
+    above: Schema = {"type": "integer", "minimum": 1, "maximum": MAX_ABOVE, "description": "input tokens that such a call exceeds"}
+    tiers: Schema = {"maxItems": MAX_TIERS, "description": "for long contexts, ascending: the whole call is at the rates of its tier"}
+    price = {**rates, "request": USD, "tiers": {**array(ref("PriceTier")), **tiers}}
+    given_price: dict[str, Schema] = {**given, "request": maybe(USD_IN), "tiers": maybe({**array(ref("GivenPriceTier")), **tiers})}
+    return {
+        "Price": {**closed(price), "description": "per million tokens; `request` per call"},
+        "PriceTier": closed({"above": above, **rates}),
+        "GivenPrice": closed(given_price, needed),
+        "GivenPriceTier": closed({"above": above, **given}, ("above", *needed)),
     }
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from .. import money
 from ..accounts import Budget, StoredPrompt, UsageRecord, UsageReport, UsageTotals
 from ..policy.prompts import variables
+from ..prices import Price, price_texts
 from ..streams import AnswerStream
 from ..types import (
     CAP_NAMES,
@@ -16,7 +17,6 @@ from ..types import (
     Completion,
     Key,
     Limits,
-    Price,
     Tenant,
     Usage,
     WindowState,
@@ -24,15 +24,24 @@ from ..types import (
     utc,
 )
 
+TOKEN_FIELDS = (
+    "input_tokens", "output_tokens", "cache_read_input_tokens", "cache_creation_input_tokens", "cache_creation_1h_input_tokens",
+    "reasoning_output_tokens",
+)  # fmt: skip
+
 
 def usage(value: Usage | None) -> dict[str, int] | None:
-    if value is None:
-        return None
+    return None if value is None else tokens(value)
+
+
+def tokens(value: Usage) -> dict[str, int]:
+    """In the order of `TOKEN_FIELDS`."""
     return {
         "input_tokens": value.input_tokens,
         "output_tokens": value.output_tokens,
         "cache_read_input_tokens": value.cache_read_input_tokens,
         "cache_creation_input_tokens": value.cache_creation_input_tokens,
+        "cache_creation_1h_input_tokens": value.cache_creation_1h_input_tokens,
         "reasoning_output_tokens": value.reasoning_output_tokens,
     }
 
@@ -113,16 +122,8 @@ def tenant(value: Tenant, budgets: Sequence[Budget]) -> dict[str, Any]:
     return {"id": value.id, **limits(value), "budgets": [budget(one) for one in budgets]}
 
 
-def price(value: Price | None) -> dict[str, str | None] | None:
-    if value is None:
-        return None
-    return {
-        "input": money.text(value.input),
-        "output": money.text(value.output),
-        "cache_read": money.text(value.cache_read),
-        "cache_write": money.text(value.cache_write),
-        "request": money.text(value.request),
-    }
+def price(value: Price | None) -> dict[str, Any] | None:
+    return None if value is None else price_texts(value)
 
 
 def prompt_summary(value: StoredPrompt) -> dict[str, Any]:
@@ -155,8 +156,8 @@ def totals(value: UsageTotals) -> dict[str, Any]:
 
 
 RECORD_FIELDS = (
-    "id", "request_id", "attempt", "created_at", "principal", "tenant", "key_id", "provider", "model", "response_model", "input_tokens",
-    "output_tokens", "cache_read_input_tokens", "cost_usd", "price", "outcome", "cached", "latency_ms", "prompt", "tags",
+    "id", "request_id", "attempt", "created_at", "principal", "tenant", "key_id", "provider", "model", "response_model", *TOKEN_FIELDS,
+    "cost_usd", "price", "outcome", "cached", "latency_ms", "prompt", "tags",
 )  # fmt: skip
 
 
@@ -173,9 +174,7 @@ def record(value: UsageRecord) -> dict[str, Any]:
         "provider": value.provider,
         "model": value.model,
         "response_model": value.response_model,
-        "input_tokens": value.usage.input_tokens,
-        "output_tokens": value.usage.output_tokens,
-        "cache_read_input_tokens": value.usage.cache_read_input_tokens,
+        **tokens(value.usage),
         "cost_usd": money.text(value.cost_usd),
         "price": price(value.price),
         "outcome": value.outcome,

@@ -22,7 +22,7 @@ from .query import Query
 FILTERS = ("principal", "tenant", "key", "model", "since", "until")
 FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "|", "%")
 CSV = "text/csv; charset=utf-8"
-NUMBERS = frozenset({"attempt", "input_tokens", "output_tokens", "cache_read_input_tokens", "cost_usd", "latency_ms"})
+NUMBERS = frozenset({"attempt", *shapes.TOKEN_FIELDS, "cost_usd", "latency_ms"})
 """Columns that are numbers of our own: an adjustment may be negative, and stays a number."""
 
 Read = Callable[[int, str | None], Awaitable[UsageReport]]

@@ -16,8 +16,9 @@ import msgspec
 from msgspec import Struct
 
 from ..errors import InvalidRequest
-from ..types import CompletionRequest, Price, Usage
-from .pricing import MILLION, rates, up
+from ..prices import Price
+from ..types import CompletionRequest, Usage
+from . import pricing
 
 TOKENS_PER_MESSAGE = 16
 """OpenAI documents 3 per message and 1 per name (https://cookbook.openai.com, "How to count tokens with tiktoken")."""
@@ -84,12 +85,9 @@ def input_bound(request: CompletionRequest, *, extra: int = 0, known_size: int |
 
 
 def amount(input_tokens: int, output_tokens: int, n: int | None, price: Price | None) -> int:
-    """Nano-USD that a call can cost at the most: every input token at the dearest of the three input rates, `output_tokens` in each of
-    `n` choices. Without a price, 0."""
-    if price is None:
-        return 0
-    rate = rates(price)
-    return up(input_tokens * rate.dearest_input + output_tokens * (n or 1) * rate.output) + rate.request
+    """Nano-USD that a call can cost at the most, with at most `input_tokens` and `output_tokens` in each of `n` choices. Without a
+    price, 0."""
+    return pricing.most(input_tokens, output_tokens * (n or 1), price)
 
 
 def ask(
@@ -126,11 +124,14 @@ def affordable(granted: int, input_tokens: int, n: int | None, price: Price | No
     not even the input is paid for; `wanted` where output costs nothing, or nobody knows what it costs."""
     if price is None:
         return wanted
-    rate = rates(price)
-    left = (granted - rate.request) * MILLION - input_tokens * rate.dearest_input
-    if left < 0:
-        return 0
-    return min(wanted, left // ((n or 1) * rate.output)) if rate.output else wanted
+    request, tiers = pricing.tariff(price)
+    for longest, rates in pricing.reached(tiers, input_tokens):
+        left = (granted - request) * pricing.MILLION - longest * rates.dearest_input
+        if left < 0:
+            return 0
+        if rates.dearest_output:
+            wanted = min(wanted, left // ((n or 1) * rates.dearest_output))
+    return wanted
 
 
 def received(text_bytes: int, *, input_tokens: int, bound: int | None = None, n: int | None = None, hidden: bool = False) -> Usage:

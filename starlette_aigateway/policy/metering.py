@@ -16,8 +16,8 @@ def completed(
 ) -> Settlement:
     """An answer came. `reported` usage is booked as it is; else `usage` is the estimate. `bounded`: the output was bounded by the
     gateway, so an amount above the hold means that the provider passed its bound."""
-    amount = pricing.cost(usage, price)
     if not reported:
+        amount = _estimate(usage, price)
         return Settlement(
             outcome="estimated",
             amount=min(amount, hold.amount) if bounded else amount,
@@ -25,6 +25,7 @@ def completed(
             response_model=model,
             latency_ms=latency_ms,
         )
+    amount = pricing.cost(usage, price)
     outcome: Outcome = "overrun" if bounded and amount > hold.amount else "completed"
     return Settlement(outcome=outcome, amount=amount, usage=usage, response_model=model, latency_ms=latency_ms)
 
@@ -39,7 +40,7 @@ def failed(hold: Hold, price: Price | None, error: ProviderError, *, received: U
         return Settlement(
             outcome="overrun" if amount > hold.amount else "completed", amount=amount, usage=error.billed, latency_ms=latency_ms
         )
-    floor = 0 if received is None else pricing.cost(received, price)
+    floor = 0 if received is None else _estimate(received, price)
     return Settlement(outcome="ambiguous", amount=max(hold.amount, floor), usage=received, latency_ms=latency_ms)
 
 
@@ -48,7 +49,12 @@ def abandoned(hold: Hold, price: Price | None, *, received: Usage | None, latenc
     nothing had come, and the provider may be working on all of it."""
     if received is None:
         return Settlement(outcome="ambiguous", amount=hold.amount, latency_ms=latency_ms)
-    return Settlement(outcome="estimated", amount=pricing.cost(received, price), usage=received, latency_ms=latency_ms)
+    return Settlement(outcome="estimated", amount=_estimate(received, price), usage=received, latency_ms=latency_ms)
+
+
+def _estimate(usage: Usage, price: Price | None) -> int:
+    """Nobody knows how much of it was cached, or thought: the dearest split holds."""
+    return pricing.most(usage.input_tokens, usage.output_tokens, price)
 
 
 def plausible(usage: Usage | None) -> Usage | None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple, TypeAlias
 
 from ..errors import InvalidArgument
 from ..money import nano
-from ..types import Price, Usage, check_id
+from ..prices import RATES, Price, PriceTier
+from ..types import Usage, check_id
 
 MILLION = 10**6
 
@@ -20,40 +22,90 @@ ConfiguredPrices: TypeAlias = Mapping[str, Price] | Mapping[tuple[str, str], Pri
 
 
 class Rates(NamedTuple):
-    """A `Price` in nano-USD per million tokens; `request` in nano-USD per call."""
+    """Nano-USD per million tokens, for calls of at most `longest` input tokens."""
 
+    longest: float
     input: int
     output: int
     cache_read: int
     cache_write: int
-    request: int
+    cache_write_1h: int
+    reasoning: int
+    dearest_input: int
+    dearest_output: int
 
-    @property
-    def dearest_input(self) -> int:
-        """What an input token costs at the most, whichever way the provider's own cache goes."""
-        return max(self.input, self.cache_read, self.cache_write)
+
+class Tariff(NamedTuple):
+    """A `Price` as whole numbers: nano-USD per call, and the rates of its tiers from the shortest calls to the longest."""
+
+    request: int
+    tiers: tuple[Rates, ...]
+
+    def at(self, input_tokens: int) -> Rates:
+        """The rates of a call with `input_tokens`."""
+        return next(rates for rates in self.tiers if input_tokens <= rates.longest)
 
 
 @lru_cache(maxsize=1024)
-def rates(price: Price) -> Rates:
-    return Rates(nano(price.input), nano(price.output), nano(price.cache_read), nano(price.cache_write), nano(price.request))
+def tariff(price: Price) -> Tariff:
+    owners: tuple[Price | PriceTier, ...] = (price, *price.tiers)
+    ends = (*(tier.above for tier in price.tiers), math.inf)
+    return Tariff(nano(price.request), tuple(_rates(owner, longest) for owner, longest in zip(owners, ends, strict=True)))
+
+
+def _rates(owner: Price | PriceTier, longest: float) -> Rates:
+    input_, output, read, write, write_1h, reasoning = (nano(getattr(owner, name)) for name in RATES)
+    return Rates(longest, input_, output, read, write, write_1h, reasoning, max(input_, read, write, write_1h), max(output, reasoning))
 
 
 def cost(usage: Usage, price: Price | None) -> int:
     """Nano-USD of what was used: `ceil(sum(tokens * nano_usd_per_million) / 10^6)` plus the price per call.
 
-    Cached tokens are part of `input_tokens` (OpenTelemetry GenAI) and are charged at their own rates. A provider that reports more
-    cached than input tokens is charged for all of them. None costs nothing: a model that the host did not price.
+    Cached tokens are part of `input_tokens` and reasoning ones of `output_tokens` (OpenTelemetry GenAI); each kind is charged at its own
+    rate, of the tier that the input tokens reach. A report that says more of a kind than of the whole is charged for all of the kind.
+    None costs nothing: a model that the host did not price.
     """
     if price is None:
         return 0
-    rate = rates(price)
-    read, created = usage.cache_read_input_tokens, usage.cache_creation_input_tokens
-    plain = usage.input_tokens - read - created
-    total = read * rate.cache_read + created * rate.cache_write + usage.output_tokens * rate.output
-    if plain > 0:
-        total += plain * rate.input
-    return up(total) + rate.request
+    request, tiers = tariff(price)
+    read, hour, thought = usage.cache_read_input_tokens, usage.cache_creation_1h_input_tokens, usage.reasoning_output_tokens
+    minutes = max(usage.cache_creation_input_tokens - hour, 0)
+    plain = max(usage.input_tokens - read - minutes - hour, 0)
+    rates = tiers[0]
+    if len(tiers) > 1:
+        rates = tariff(price).at(read + minutes + hour + plain)
+    total = (
+        plain * rates.input
+        + read * rates.cache_read
+        + minutes * rates.cache_write
+        + hour * rates.cache_write_1h
+        + max(usage.output_tokens - thought, 0) * rates.output
+        + thought * rates.reasoning
+    )
+    return up(total) + request
+
+
+def most(input_tokens: int, output_tokens: int, price: Price | None) -> int:
+    """The most nano-USD that a call of at most so many tokens can cost, however they are split into kinds, in whichever tier it ends up:
+    shorter ones may be the dearer. None costs nothing."""
+    if price is None:
+        return 0
+    request, tiers = tariff(price)
+    if len(tiers) == 1:
+        (rates,) = tiers
+        return up(input_tokens * rates.dearest_input + output_tokens * rates.dearest_output) + request
+    return request + max(
+        up(longest * rates.dearest_input + output_tokens * rates.dearest_output) for longest, rates in reached(tiers, input_tokens)
+    )
+
+
+def reached(tiers: Sequence[Rates], input_tokens: int) -> Iterator[tuple[int, Rates]]:
+    """The tiers that a call of at most `input_tokens` can be in, each with the most input tokens that it can have there."""
+    for rates in tiers:
+        if input_tokens <= rates.longest:
+            yield input_tokens, rates
+            return
+        yield int(rates.longest), rates
 
 
 def up(millionths: int) -> int:

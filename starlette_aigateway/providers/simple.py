@@ -295,6 +295,7 @@ def _is_usage(usage: Any) -> bool:
         isinstance(usage, Usage)
         and all(_is_count(getattr(usage, field)) for field in usage.__struct_fields__)
         and usage.cache_read_input_tokens + usage.cache_creation_input_tokens <= usage.input_tokens
+        and usage.cache_creation_1h_input_tokens <= usage.cache_creation_input_tokens
     )
 
 

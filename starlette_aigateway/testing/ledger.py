@@ -347,7 +347,14 @@ class ResolveContract:
     async def test_a_settlement_books_and_writes_the_record(self, ledger: Ledger) -> None:
         request = hold_request("a", 100, tenant="acme", key_id="key_1", prompt="greet@3", tags={"team": "blue"}, attempt=2)
         await ledger.reserve(request, now=NOON)
-        usage = Usage(input_tokens=7, output_tokens=5, cache_read_input_tokens=3, cache_creation_input_tokens=2, reasoning_output_tokens=1)
+        usage = Usage(
+            input_tokens=9,
+            output_tokens=5,
+            cache_read_input_tokens=3,
+            cache_creation_input_tokens=4,
+            cache_creation_1h_input_tokens=2,
+            reasoning_output_tokens=1,
+        )
         settlement = Settlement(outcome="estimated", amount=42, usage=usage, response_model="gpt-4o-mini-2026", latency_ms=12)
         record = await ledger.settle("use_a", settlement, now=NOON + 5)
         assert record == UsageRecord(

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from ..prices import Price, PriceTier
 from ..protocols import PriceStore
-from ..types import Price
 
 CHEAP = Price("0.15", "0.60")
 FULL = Price("3", "15.000000001", cache_read="0.30", cache_write="3.75", request="0.01")
+LONG = Price(
+    "1.25",
+    "10",
+    cache_write_1h="2.5",
+    reasoning="3.5",
+    tiers=[PriceTier(128_000, 2, 12), PriceTier(200_000, "2.5", "15", cache_read="0.625")],
+)
 
 
 class PriceStoreContract:
@@ -19,7 +26,13 @@ class PriceStoreContract:
         await store.put(None, "gpt-4o-mini", CHEAP)
         await store.put("azure", "gpt-4o-mini", FULL)
         await store.put("azure", "free", Price.free())
-        expected = {(None, "gpt-4o-mini"): CHEAP, ("azure", "gpt-4o-mini"): FULL, ("azure", "free"): Price.free()}
+        await store.put("google", "long", LONG)
+        expected = {
+            (None, "gpt-4o-mini"): CHEAP,
+            ("azure", "gpt-4o-mini"): FULL,
+            ("azure", "free"): Price.free(),
+            ("google", "long"): LONG,
+        }
         assert dict(await store.all()) == expected
         assert dict(await elsewhere.all()) == expected
 

@@ -55,10 +55,16 @@ class OutputDetails(Struct):
     thinking_tokens: int | None = None
 
 
+class CacheCreation(Struct):
+    ephemeral_5m_input_tokens: int | None = None
+    ephemeral_1h_input_tokens: int | None = None
+
+
 class WireUsage(Struct):
     input_tokens: int | None = None
     output_tokens: int | None = None
     cache_creation_input_tokens: int | None = None
+    cache_creation: CacheCreation | None = None
     cache_read_input_tokens: int | None = None
     output_tokens_details: OutputDetails | None = None
 
@@ -129,7 +135,9 @@ def decode_usage(*raws: Raw) -> Usage | None:
     """Tokens of a `usage` object; of several, the later figures hold (a stream's are cumulative). None where they are missing or cannot
     be believed (negative, fractional, absurd).
 
-    The wire's `input_tokens` leave out what was read from and written to the cache; ours include both.
+    The wire's `input_tokens` leave out what was read from and written to the cache; ours include both. How long writes are kept is told
+    beside their sum (https://platform.claude.com/docs/en/build-with-claude/prompt-caching#1-hour-cache-duration); where the parts are
+    more than the sum, they are what was written.
     """
     figures: dict[str, int] = {}
     for raw in raws:
@@ -143,22 +151,27 @@ def decode_usage(*raws: Raw) -> Usage | None:
         return None
     if min(figures.values()) < 0 or max(figures.values()) > MAX_PLAUSIBLE_TOKENS:
         return None
-    read, written = figures.get("cache_read_input_tokens", 0), figures.get("cache_creation_input_tokens", 0)
+    read, hour = figures.get("cache_read_input_tokens", 0), figures.get("ephemeral_1h_input_tokens", 0)
+    written = max(figures.get("cache_creation_input_tokens", 0), figures.get("ephemeral_5m_input_tokens", 0) + hour)
     return Usage(
         input_tokens=figures["input_tokens"] + read + written,
         output_tokens=figures["output_tokens"],
         cache_read_input_tokens=read,
         cache_creation_input_tokens=written,
+        cache_creation_1h_input_tokens=hour,
         reasoning_output_tokens=min(figures.get("thinking_tokens", 0), figures["output_tokens"]),
     )
 
 
 def _figures(wire: WireUsage) -> dict[str, int]:
     details = wire.output_tokens_details or OutputDetails()
+    kept = wire.cache_creation or CacheCreation()
     given = {
         "input_tokens": wire.input_tokens,
         "output_tokens": wire.output_tokens,
         "cache_creation_input_tokens": wire.cache_creation_input_tokens,
+        "ephemeral_5m_input_tokens": kept.ephemeral_5m_input_tokens,
+        "ephemeral_1h_input_tokens": kept.ephemeral_1h_input_tokens,
         "cache_read_input_tokens": wire.cache_read_input_tokens,
         "thinking_tokens": details.thinking_tokens,
     }

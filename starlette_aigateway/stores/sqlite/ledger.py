@@ -169,7 +169,7 @@ def _check_storable(value: object) -> None:
 def _check_numbers(usage: Usage | None, *numbers: int | None) -> None:
     if usage is not None:
         numbers += (usage.input_tokens, usage.output_tokens, usage.cache_read_input_tokens, usage.cache_creation_input_tokens)
-        numbers += (usage.reasoning_output_tokens,)
+        numbers += (usage.cache_creation_1h_input_tokens, usage.reasoning_output_tokens)
     for number in numbers:
         if number is not None and not 0 <= number <= MAX_COUNT:
             raise InvalidArgument(f"tokens and milliseconds are between 0 and {MAX_COUNT}", param="usage")

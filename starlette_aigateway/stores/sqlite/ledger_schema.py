@@ -21,7 +21,8 @@ from msgspec import Struct
 
 from ...accounts import Hold, HoldRequest, Outcome, UsageRecord
 from ...money import text
-from ...types import Price, Usage
+from ...prices import RATES, Price, PriceTier
+from ...types import Usage
 
 SCHEMA: Final = (
     """
@@ -125,8 +126,7 @@ class Prices:
             return None
         known = self._texts.get(price)
         if known is None:
-            amounts = (price.input, price.output, price.cache_read, price.cache_write, price.request)
-            known = msgspec.json.encode([text(amount) for amount in amounts]).decode()
+            known = msgspec.json.encode(_snapshot(price)).decode()
             if len(self._texts) >= self.BOUND:
                 self._texts.clear()
             self._texts[price] = known
@@ -137,12 +137,32 @@ class Prices:
             return None
         known = self._prices.get(stored)
         if known is None:
-            read, write, cache_read, cache_write, request = msgspec.json.decode(stored, type=list[str])
-            known = Price(read, write, cache_read=cache_read, cache_write=cache_write, request=request)
+            known = _price(msgspec.json.decode(stored, type=list[str | list[str | int]]))
             if len(self._prices) >= self.BOUND:
                 self._prices.clear()
             self._prices[stored] = known
         return known
+
+
+FIRST_RATES = ("input", "output", "cache_read", "cache_write")
+LATER_RATES = ("cache_write_1h", "reasoning")
+
+
+def _snapshot(price: Price) -> list[Any]:
+    """The first rates and the fee per call; then, only where they say something of their own, the later rates and the tiers, each a list
+    of its `above` and its rates. The first five are what the ledger's first releases wrote."""
+    amounts: list[Any] = [text(getattr(price, name)) for name in (*FIRST_RATES, "request")]
+    if price.tiers or price.cache_write_1h != price.cache_write or price.reasoning != price.output:
+        amounts += [text(getattr(price, name)) for name in LATER_RATES]
+        amounts += [[tier.above, *(text(getattr(tier, name)) for name in RATES)] for tier in price.tiers]
+    return amounts
+
+
+def _price(snapshot: Sequence[Any]) -> Price:
+    *first, request = snapshot[:5]
+    rates = dict(zip(FIRST_RATES + LATER_RATES, (*first, *snapshot[5:7]), strict=False))
+    tiers = [PriceTier(above, **dict(zip(RATES, amounts, strict=True))) for above, *amounts in snapshot[7:]]
+    return Price(**rates, request=request, tiers=tiers)
 
 
 def facts_of(request: HoldRequest, price: str | None, *, amount: int, day: str, made_at: float) -> HoldFacts:
@@ -200,7 +220,8 @@ def record_of(
 
 USAGE_COLUMNS = (
     "seq, id, request_id, attempt, created_at, principal, tenant, key_id, provider, model, response_model, input_tokens, output_tokens,"
-    " cache_read_input_tokens, cache_creation_input_tokens, reasoning_output_tokens, cost, price, outcome, latency_ms, prompt, tags, held"
+    " cache_read_input_tokens, cache_creation_input_tokens, reasoning_output_tokens, cost, price, outcome, latency_ms, prompt, tags,"
+    " cache_creation_1h_input_tokens, held"
 )
 USAGE_WIDTH = USAGE_COLUMNS.count(",") + 1
 
@@ -236,6 +257,7 @@ def usage_row(record: UsageRecord, seq: int, price: str | None, held: int) -> Ro
         record.latency_ms,
         record.prompt,
         tags_text(record.tags),
+        usage.cache_creation_1h_input_tokens,
         held,
     )
 
@@ -258,6 +280,7 @@ def record_from(row: Row, prices: Prices) -> UsageRecord:
             output_tokens=row[12],
             cache_read_input_tokens=row[13],
             cache_creation_input_tokens=row[14],
+            cache_creation_1h_input_tokens=row[22],
             reasoning_output_tokens=row[15],
         ),
         cost=row[16],

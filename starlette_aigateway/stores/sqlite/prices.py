@@ -6,8 +6,7 @@ import sqlite3
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from ... import money
-from ...types import Price
+from ...prices import Price, price_from, price_texts
 from .config import ConfigDatabase, Remembered, decode, encode
 
 PriceTable = Mapping[tuple[str | None, str], Price]
@@ -46,16 +45,16 @@ def _select(connection: sqlite3.Connection) -> PriceTable:
 
 
 def _encode(price: Price) -> str:
-    return encode(
-        {
-            "input": money.text(price.input),
-            "output": money.text(price.output),
-            "cache_read": money.text(price.cache_read),
-            "cache_write": money.text(price.cache_write),
-            "request": money.text(price.request),
-        }
-    )
+    """As the first releases wrote it, unless a later component says something of its own."""
+    texts = price_texts(price)
+    if not price.tiers:
+        del texts["tiers"]
+    if price.cache_write_1h == price.cache_write:
+        del texts["cache_write_1h"]
+    if price.reasoning == price.output:
+        del texts["reasoning"]
+    return encode(texts)
 
 
 def _decode(text: str) -> Price:
-    return Price(**decode(text))
+    return price_from(decode(text))
