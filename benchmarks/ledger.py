@@ -76,7 +76,7 @@ async def work(job: Job, number: int, start: Barrier) -> Outcome:
             now = time.time()
             hold = await ledger.reserve(request(f"{number}_{task}_{turn}", f"key_{task % 8}", now), now=now)
             held = time.perf_counter()
-            end = Settlement(outcome="completed", amount=90_000, usage=Usage(input_tokens=300, output_tokens=100), latency_ms=800)
+            end = Settlement(outcome="completed", amount=105_000, usage=Usage(input_tokens=300, output_tokens=100), latency_ms=800)
             await ledger.settle(hold.id, end, now=time.time())
             waits.extend((held - began, time.perf_counter() - held))
             pairs += 1

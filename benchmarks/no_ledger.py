@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from starlette_aigateway import UsageRecord
-from starlette_aigateway.accounts import Budget, Finding, Hold, HoldRequest, Settlement, UsageQuery, UsageReport, UsageTotals
+from starlette_aigateway.accounts import Budget, Credit, Finding, Hold, HoldRequest, Settlement, UsageQuery, UsageReport, UsageTotals
+from starlette_aigateway.events import BudgetReached
 from starlette_aigateway.types import Caps, Usage
 
 
@@ -52,6 +53,20 @@ class NoLedger:
         return ()
 
     async def set_caps(self, scope: str, caps: Caps) -> None: ...
+
+    async def add_credit(self, credit: Credit) -> Credit:
+        return credit
+
+    async def end_credit(self, credit_id: str, *, now: float) -> Credit | None:
+        return None
+
+    async def credits(self, scope: str | None = None, *, limit: int = 100, before: str | None = None) -> Sequence[Credit]:
+        return ()
+
+    def listen(self, tell: Callable[[BudgetReached], None]) -> None: ...
+
+    async def prune(self, before: float) -> int:
+        return 0
 
     async def budgets(self, scopes: Mapping[str, Caps | None], *, now: float) -> Sequence[Budget]:
         return ()

@@ -48,7 +48,9 @@ class HoldRequest(Struct, frozen=True, kw_only=True):
     The hold is granted between `minimum` and `wanted`, as far as the tightest cap of all `scopes` affords, and only if `admission`
     (the least that the dearest planned target needs, at least `minimum`) fits as well. `id` is minted by the gateway for this
     attempt and becomes the usage record's. `price` is the snapshot that the settlement uses. `expires_at` is the end of the lease
-    (Unix seconds). `replaces` names an open hold of the same call that is released in the same transaction, before the check.
+    (Unix seconds). `replaces` names an open hold of the same call that is released in the same transaction, before the check. Without
+    `enforce` the hold is granted as `wanted` also where a limit would refuse it, and says so in `would_refuse`; what is given there is
+    the code of a refusal that the call has passed over already.
     """
 
     id: str
@@ -68,15 +70,19 @@ class HoldRequest(Struct, frozen=True, kw_only=True):
     prompt: str | None = None
     tags: Mapping[str, str] = {}
     replaces: str | None = None
+    enforce: bool = True
+    would_refuse: str | None = None
 
 
 class Hold(Struct, frozen=True, kw_only=True):
-    """Granted money. `made_at` is Unix seconds; the settlement is booked into the periods of that moment."""
+    """Granted money. `made_at` is Unix seconds; the settlement is booked into the periods of that moment. `would_refuse` is the code of
+    the refusal that it would have got if limits were enforced."""
 
     id: str
     amount: int
     made_at: float
     expires_at: float
+    would_refuse: str | None = None
 
 
 class Settlement(Struct, frozen=True, kw_only=True):
@@ -90,7 +96,8 @@ class Settlement(Struct, frozen=True, kw_only=True):
 
 
 class UsageRecord(Struct, frozen=True, kw_only=True):
-    """One attempt in the books. `cost` is nano-USD; `price` of None is a model without a price."""
+    """One attempt in the books. `cost` is nano-USD; `price` of None is a model without a price. `would_refuse`: limits were only
+    reported (`enforce=False`), and this is the code of the refusal that the attempt would have got."""
 
     id: str
     request_id: str
@@ -109,6 +116,7 @@ class UsageRecord(Struct, frozen=True, kw_only=True):
     latency_ms: int | None
     prompt: str | None = None
     tags: Mapping[str, str] = {}
+    would_refuse: str | None = None
 
     @property
     def cached(self) -> bool:
@@ -120,7 +128,8 @@ class UsageRecord(Struct, frozen=True, kw_only=True):
 
 
 class Budget(Struct, frozen=True, kw_only=True):
-    """One scope in one window; nano-USD. `period` is `2026-01-31`, `2026-01` or empty for a lifetime; `cap` of None is no cap."""
+    """One scope in one window; nano-USD. `period` is `2026-01-31`, `2026-01` or empty for a lifetime; `cap` of None is no cap, `credit`
+    is what running credits add to it."""
 
     scope: str
     window: Window
@@ -128,14 +137,19 @@ class Budget(Struct, frozen=True, kw_only=True):
     cap: int | None
     spent: int
     held: int
+    credit: int = 0
 
     @property
     def remaining(self) -> int | None:
-        return None if self.cap is None else max(0, self.cap - self.spent - self.held)
+        return None if self.cap is None else max(0, self.cap + self.credit - self.spent - self.held)
 
     @property
     def cap_usd(self) -> Decimal | None:
         return None if self.cap is None else money.dollars(self.cap)
+
+    @property
+    def credit_usd(self) -> Decimal:
+        return money.dollars(self.credit)
 
     @property
     def spent_usd(self) -> Decimal:
@@ -148,6 +162,28 @@ class Budget(Struct, frozen=True, kw_only=True):
     @property
     def remaining_usd(self) -> Decimal | None:
         return None if self.remaining is None else money.dollars(self.remaining)
+
+
+class Credit(Struct, frozen=True, kw_only=True):
+    """A temporary top-up: from when it is given until `expires_at` it adds `amount` to each cap of its scope, by the day, the month and
+    the lifetime. Nano-USD, Unix seconds. `ended_at` is when the ledger took it away again: the first reserve that came after `expires_at`,
+    or whoever ended it early. `actor` gave it, and said why in `note`."""
+
+    id: str
+    scope: str
+    amount: int
+    created_at: float
+    expires_at: float
+    actor: str
+    note: str = ""
+    ended_at: float | None = None
+
+    @property
+    def amount_usd(self) -> Decimal:
+        return money.dollars(self.amount)
+
+    def running_at(self, now: float) -> bool:
+        return self.ended_at is None and now < self.expires_at
 
 
 class UsageQuery(Struct, frozen=True, kw_only=True):

@@ -6,7 +6,7 @@ from typing import TypeAlias
 
 from msgspec import Struct
 
-from .accounts import UsageRecord
+from .accounts import UsageRecord, Window
 
 
 class CallRecorded(Struct, frozen=True, kw_only=True):
@@ -35,6 +35,27 @@ class AttemptFailed(Struct, frozen=True, kw_only=True):
     status: int | None
 
 
+class CallTolerated(Struct, frozen=True, kw_only=True):
+    """Limits are only reported (`enforce=False`): a call went on that would have been refused. `code` is the refusal's."""
+
+    request_id: str
+    principal: str
+    model: str | None
+    code: str
+
+
+class BudgetReached(Struct, frozen=True, kw_only=True):
+    """What a scope has spent reached `threshold` percent of its cap (running credits included) in a period; told once for each scope,
+    period and threshold, over all workers. `scope` is `principal:…`, `tenant:…` or `gateway`; `cap` and `spent` are nano-USD."""
+
+    scope: str
+    window: Window
+    period: str
+    threshold: int
+    cap: int
+    spent: int
+
+
 class AdminActed(Struct, frozen=True, kw_only=True):
     """An admin route changed something: `action` is `key.create`, `tenant.update`, …; `subject` the id."""
 
@@ -43,4 +64,4 @@ class AdminActed(Struct, frozen=True, kw_only=True):
     subject: str
 
 
-Event: TypeAlias = CallRecorded | CallRefused | AttemptFailed | AdminActed
+Event: TypeAlias = CallRecorded | CallRefused | CallTolerated | AttemptFailed | BudgetReached | AdminActed

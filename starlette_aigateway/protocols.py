@@ -14,8 +14,8 @@ from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 from msgspec import Struct
 
-from .accounts import Budget, Finding, Hold, HoldRequest, Settlement, StoredPrompt, UsageQuery, UsageRecord, UsageReport
-from .events import Event
+from .accounts import Budget, Credit, Finding, Hold, HoldRequest, Settlement, StoredPrompt, UsageQuery, UsageRecord, UsageReport
+from .events import BudgetReached, Event
 from .types import Caps, Chunk, Completion, CompletionRequest, Key, Price, ProviderCall, StreamItem, Tenant
 
 Clock: TypeAlias = Callable[[], float]
@@ -102,7 +102,8 @@ class Ledger(Protocol):
     """Money. Each verb is one transaction over all workers of the host, applied once however often it is called (I1 to I5)."""
 
     async def reserve(self, request: HoldRequest, *, now: float) -> Hold:
-        """Grants a hold in all scopes or in none. Raises `SpendCapExceeded`, `SpendCapHeld`, `TooManyParallelRequests`."""
+        """Grants a hold in all scopes or in none. Raises `SpendCapExceeded`, `SpendCapHeld`, `TooManyParallelRequests`; a request that
+        does not `enforce` its limits is granted all the same, marked with the code of that refusal."""
 
     async def probe(self, request: HoldRequest, *, now: float) -> Hold:
         """The hold that `reserve` would grant now, or the error that it would raise; nothing is held, booked or written."""
@@ -126,10 +127,28 @@ class Ledger(Protocol):
     async def set_caps(self, scope: str, caps: Caps) -> None:
         """Stores the caps of a tenant's scope or the gateway's; what is spent and held stays."""
 
+    async def add_credit(self, credit: Credit) -> Credit:
+        """Gives a scope a temporary top-up, once per id. From `expires_at` on it counts no more; the first reserve that sees it so ends
+        it for good. Gives the credit back as it is stored."""
+
+    async def end_credit(self, credit_id: str, *, now: float) -> Credit | None:
+        """Ends a credit early; what was spent of it stays spent. Of one that has ended nothing happens. None: there is none of that id."""
+
+    async def credits(self, scope: str | None = None, *, limit: int = 100, before: str | None = None) -> Sequence[Credit]:
+        """Credits of a scope, or all, ended ones too, in the descending order of their ids, those below the id `before`."""
+
+    def listen(self, tell: Callable[[BudgetReached], None]) -> None:
+        """`tell` is called in the event loop of a verb that found what is spent to have reached a threshold of a cap: once for each
+        scope, period and threshold, over all workers. A process that dies at that very moment tells nobody."""
+
     async def budgets(self, scopes: Mapping[str, Caps | None], *, now: float) -> Sequence[Budget]:
         """Day, month and total of each scope; caps of None are the stored ones."""
 
     async def usage(self, query: UsageQuery) -> UsageReport: ...
+
+    async def prune(self, before: float) -> int:
+        """Replaces what the audit needs of holds that were settled for good before `before` by its sums. Balances and usage records stay
+        as they are. Gives the number of entries that are gone."""
 
     async def check(self) -> Sequence[Finding]:
         """Verifies the invariants over everything stored; empty when they hold."""

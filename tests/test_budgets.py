@@ -22,7 +22,7 @@ from starlette_aigateway.policy.budgets import (
     periods_of,
     resets_at,
 )
-from starlette_aigateway.testing.ledger import NOON, hold_request
+from starlette_aigateway.testing.ledger_kit import NOON, hold_request
 from starlette_aigateway.types import Caps
 
 TODAY = periods_of(day_number(NOON))

@@ -19,11 +19,11 @@ from starlette_aigateway.stores.sqlite.ledger_batch import BatchWriter
 from starlette_aigateway.stores.sqlite.ledger_ops import Expire, Settle
 from starlette_aigateway.stores.sqlite.ledger_schema import SCHEMA, Prices
 from starlette_aigateway.stores.sqlite.ledger_usage import UsageReader
-from starlette_aigateway.testing.ledger import (
+from starlette_aigateway.testing.ledger import LedgerContract
+from starlette_aigateway.testing.ledger_kit import (
     ACME,
     LEASE,
     NOON,
-    LedgerContract,
     assert_clean,
     cached_record,
     completed,
@@ -32,6 +32,7 @@ from starlette_aigateway.testing.ledger import (
     money,
     refused,
 )
+from starlette_aigateway.testing.ledger_limits import credit
 from starlette_aigateway.types import Caps, Price, PriceTier
 
 pytestmark = pytest.mark.anyio
@@ -147,7 +148,7 @@ async def test_odd_but_legal_text_comes_back_unchanged(ledger: SQLiteLedger) -> 
 
 async def test_expiring_goes_on_until_nothing_is_due(ledger: SQLiteLedger, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("starlette_aigateway.stores.sqlite.ledger.DUE_AT_ONCE", 2)
-    monkeypatch.setattr("starlette_aigateway.stores.sqlite.ledger_batch.DUE_AT_ONCE", 2)
+    monkeypatch.setattr("starlette_aigateway.stores.sqlite.ledger_load.DUE_AT_ONCE", 2)
     for number in range(5):
         await ledger.reserve(hold_request(str(number)), now=NOON)
     expired = await ledger.expire(now=NOON + 10_000)
@@ -214,6 +215,18 @@ CORRUPTIONS: list[Corruption] = [
     ("record of another cost", "UPDATE usage SET cost = cost + 1 WHERE id = 'use_late.adjust'", "I2"),
     ("record of another outcome", "UPDATE usage SET outcome = 'completed' WHERE id = 'use_expired'", "I2"),
     ("record made up", "UPDATE usage SET outcome = 'completed' WHERE id = 'use_hit'", "I2"),
+    ("settled at another price", "UPDATE usage SET price = NULL WHERE id = 'use_settled'", "I2"),
+    ("settled below what was reported", "UPDATE usage SET output_tokens = 1000000 WHERE id = 'use_settled'", "I4"),
+    ("a credit that never was", "DELETE FROM entries WHERE hold = 'crd_running' AND amount > 0", "I1"),
+    ("a credit of another amount", "UPDATE credits SET amount = 900000 WHERE id = 'crd_running'", "I2"),
+    ("a credit that came back", "UPDATE credits SET ended_at = NULL WHERE id = 'crd_ended'", "I2"),
+    (
+        "a credit that ended twice",
+        "INSERT INTO entries (hold, kind, at, amount) VALUES ('crd_ended', 'credit', 0, -50)",
+        "I3",
+    ),
+    ("a carry changed", "UPDATE entries SET amount = amount + 1 WHERE kind = 'carry' AND hold = 'gateway' AND day = '2026-03'", "I2"),
+    ("carried bookings changed", "UPDATE entries SET amount = amount + 1 WHERE kind = 'carry' AND hold = ''", "I2"),
     ("a hit that cost", "UPDATE usage SET cost = 9 WHERE id = 'use_hit'", "I2"),
 ]
 
@@ -221,6 +234,11 @@ CORRUPTIONS: list[Corruption] = [
 async def eventful(ledger: SQLiteLedger) -> None:
     """Books with something of every kind in them."""
     scopes = (ScopeClaim("principal:alice", Caps(day=5_000)), ScopeClaim(ACME), ScopeClaim(GATEWAY_SCOPE))
+    await ledger.reserve(hold_request("carried", 100, scopes=scopes), now=NOON - LEASE)
+    await ledger.settle("use_carried", completed(40), now=NOON - LEASE)
+    await ledger.reserve(hold_request("left", 100, scopes=scopes), now=NOON - LEASE)
+    await ledger.settle("use_left", completed(40), now=NOON)
+    assert await ledger.prune(NOON) == 2
     for name in ("expired", "late", "settled", "released"):
         await ledger.reserve(hold_request(name, 100, scopes=scopes), now=NOON)
     await ledger.settle("use_settled", completed(40), now=NOON)
@@ -229,6 +247,10 @@ async def eventful(ledger: SQLiteLedger) -> None:
     await ledger.settle("use_late", completed(30), now=NOON + LEASE)
     await ledger.reserve(hold_request("open", 100, scopes=scopes, now=NOON + LEASE), now=NOON + LEASE)
     await ledger.record(cached_record("hit"))
+    await ledger.add_credit(credit("running", 50))
+    await ledger.add_credit(credit("ended", 50))
+    await ledger.end_credit("crd_ended", now=NOON)
+    await ledger.reserve(hold_request("credited", 100, scopes=scopes, now=NOON + LEASE), now=NOON + LEASE)
 
 
 async def test_check_is_clean_over_books_with_everything_in_them(ledger: SQLiteLedger) -> None:

@@ -11,15 +11,17 @@ from datetime import UTC, date, datetime, time, timedelta
 from typing import NamedTuple
 
 from .. import money
-from ..accounts import HoldRequest, ScopeClaim, Settlement, Window
+from ..accounts import Credit, HoldRequest, ScopeClaim, Settlement, Window
 from ..errors import InvalidArgument, SpendCapExceeded, SpendCapHeld, TooManyParallelRequests
 from ..types import NO_CAPS, Caps
 
 SECONDS_PER_DAY = 86_400
 EPOCH_ORDINAL = date(1970, 1, 1).toordinal()
+THRESHOLDS = (80, 100)
+"""Percents of a cap that are told when spending reaches them, where the host says nothing else."""
 WINDOWS: tuple[Window, ...] = ("day", "month", "total")
 MAX_AMOUNT = 10**15
-"""A million US dollars for one attempt; far below it lie all real ones, and sums of it stay within SQLite's 64 bits."""
+"""A million US dollars for one attempt, or one credit; far below it lie all real ones, and sums of it stay within SQLite's 64 bits."""
 END_OF_TIME = 8e9
 """Unix seconds, in the year 2223. Any present time in milliseconds is above it."""
 LONGEST_RETRY = 5.0
@@ -64,14 +66,16 @@ def resets_at(window: Window, periods: Periods) -> datetime | None:
 
 class Balance:
     """One scope in one period. `spent`, `held` and `open` (the number of open holds, in the lifetime only) are as they will be; the
-    `base_` ones as they were read. `known` is false where they were not read and only the changes mean something."""
+    `base_` ones as they were read. `told` is the highest threshold in percent that was told. `known` is false where they were not read
+    and only the changes mean something."""
 
-    __slots__ = ("base_held", "base_open", "base_spent", "held", "known", "open", "spent")
+    __slots__ = ("base_held", "base_open", "base_spent", "held", "known", "open", "spent", "told")
 
-    def __init__(self, spent: int = 0, held: int = 0, open_holds: int = 0, *, known: bool = True) -> None:
+    def __init__(self, spent: int = 0, held: int = 0, open_holds: int = 0, told: int = 0, *, known: bool = True) -> None:
         self.spent = self.base_spent = spent
         self.held = self.base_held = held
         self.open = self.base_open = open_holds
+        self.told = told
         self.known = known
 
     @property
@@ -85,6 +89,7 @@ class Books:
     def __init__(self) -> None:
         self.balances: dict[tuple[str, str], Balance] = {}
         self.caps: dict[str, Caps] = {}
+        self.credits: dict[str, int] = {}
         self.next_lease_end: float | None = None
         self._groups: dict[tuple[tuple[str, ...], Periods], tuple[list[Balance], list[Balance]]] = {}
 
@@ -97,6 +102,10 @@ class Books:
 
     def caps_of(self, claim: ScopeClaim) -> Caps:
         return self.caps.get(claim.scope, NO_CAPS) if claim.caps is None else claim.caps
+
+    def raised_caps(self, claim: ScopeClaim) -> Caps:
+        """The caps that hold now: what running credits add to them included."""
+        return raised(self.caps_of(claim), self.credits.get(claim.scope, 0))
 
     def hold(self, scopes: tuple[str, ...], periods: Periods, amount: int) -> None:
         everywhere, lifetimes = self._touched(scopes, periods)
@@ -132,6 +141,26 @@ class Books:
         return balance
 
 
+def raised(caps: Caps, credit: int) -> Caps:
+    """`caps` with `credit` added to each that is one."""
+    if not credit:
+        return caps
+    return Caps(*[None if cap is None else cap + credit for cap in caps])
+
+
+def check_thresholds(thresholds: Sequence[int]) -> tuple[int, ...]:
+    """Percents of a cap, in ascending order. Raises `InvalidArgument`, naming `budget_thresholds`."""
+    for value in thresholds:
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 1000:
+            raise InvalidArgument("budget_thresholds must be whole percents of a cap, such as (80, 100)", param="budget_thresholds")
+    return tuple(sorted(set(thresholds)))
+
+
+def thresholds_reached(spent: int, cap: int, thresholds: Sequence[int], told: int) -> list[int]:
+    """Which of the `thresholds` (percent, ascending) `spent` has reached of `cap` and nobody was told yet. A cap of nothing has none."""
+    return [threshold for threshold in thresholds if threshold > told and spent * 100 >= threshold * cap > 0]
+
+
 class Refusal(NamedTuple):
     """One window that a hold does not fit in."""
 
@@ -164,6 +193,14 @@ def check_moment(moment: float, name: str) -> None:
         raise InvalidArgument(f"{name} must be a moment in Unix seconds before the year 2223", param=name)
 
 
+def check_credit(credit: Credit) -> None:
+    """Raises `InvalidArgument` for a credit that no ledger could keep."""
+    if not 1 <= credit.amount <= MAX_AMOUNT:
+        raise InvalidArgument(f"a credit is between 1 and {MAX_AMOUNT} nano-USD", param="amount")
+    check_moment(credit.created_at, "created_at")
+    check_moment(credit.expires_at, "expires_at")
+
+
 def check_settlement(settlement: Settlement) -> None:
     """Raises `InvalidArgument` for an amount that no ledger could book."""
     if not 0 <= settlement.amount <= MAX_AMOUNT:
@@ -179,7 +216,7 @@ def grant(request: HoldRequest, books: Books, periods: Periods, now: float) -> i
     refusals: list[Refusal] = []
     amount = request.wanted
     for claim in request.scopes:
-        caps = books.caps_of(claim)
+        caps = books.raised_caps(claim)
         if caps is NO_CAPS:
             continue
         for window, period, cap in zip(WINDOWS, periods, caps, strict=True):

@@ -16,7 +16,7 @@ The tests are async and run by anyio's pytest plugin: set `pytestmark = pytest.m
 from __future__ import annotations
 
 import math
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -24,128 +24,33 @@ import anyio
 
 from ..accounts import (
     GATEWAY_SCOPE,
-    Budget,
     Hold,
-    HoldRequest,
     ScopeClaim,
     Settlement,
     UsageQuery,
     UsageRecord,
-    Window,
-    principal_scope,
-    tenant_scope,
 )
-from ..errors import AIGatewayError, InvalidRequest, SpendCapExceeded, SpendCapHeld, TooManyParallelRequests
+from ..errors import InvalidRequest, SpendCapExceeded, SpendCapHeld, TooManyParallelRequests
 from ..protocols import Ledger
-from ..types import NO_CAPS, Caps, Price, Usage
-
-NOON = 1_774_958_400.0
-"""2026-03-31 12:00:00 UTC, twelve hours before the end of a day and of a month."""
-DAY = 86_400.0
-LEASE = 60.0
-PRICE = Price("0.15", "0.60", request="0.001")
-ALICE = principal_scope("alice")
-ACME = tenant_scope("acme")
-
-
-def hold_request(
-    name: str,
-    amount: int = 100,
-    *,
-    now: float = NOON,
-    caps: Caps | None = NO_CAPS,
-    max_parallel: int | None = None,
-    scopes: Sequence[ScopeClaim] | None = None,
-    **fields: Any,
-) -> HoldRequest:
-    """A request of `alice` for exactly `amount` nano-USD; `fields` override."""
-    values: dict[str, Any] = {
-        "id": f"use_{name}",
-        "request_id": f"req_{name}",
-        "attempt": 1,
-        "scopes": tuple(scopes) if scopes is not None else (ScopeClaim(ALICE, caps, max_parallel),),
-        "principal": "alice",
-        "tenant": None,
-        "key_id": None,
-        "provider": "openai",
-        "model": "gpt-4o-mini",
-        "price": PRICE,
-        "minimum": amount,
-        "wanted": amount,
-        "admission": amount,
-        "expires_at": now + LEASE,
-    }
-    return HoldRequest(**{**values, **fields})
-
-
-def completed(amount: int, **fields: Any) -> Settlement:
-    return Settlement(outcome="completed", amount=amount, usage=Usage(input_tokens=10, output_tokens=5), **fields)
-
-
-def cached_record(name: str, **fields: Any) -> UsageRecord:
-    values: dict[str, Any] = {
-        "id": f"use_{name}",
-        "request_id": f"req_{name}",
-        "attempt": 1,
-        "created_at": NOON,
-        "principal": "alice",
-        "tenant": None,
-        "key_id": None,
-        "provider": "openai",
-        "model": "gpt-4o-mini",
-        "response_model": None,
-        "usage": Usage(input_tokens=10, output_tokens=5),
-        "cost": 0,
-        "price": PRICE,
-        "outcome": "cached",
-        "latency_ms": 1,
-    }
-    return UsageRecord(**{**values, **fields})
-
-
-async def refused(call: Awaitable[object]) -> AIGatewayError:
-    """The domain error that `call` raises."""
-    try:
-        await call
-    except AIGatewayError as error:
-        return error
-    raise AssertionError("nothing was refused")
-
-
-async def gather(calls: Sequence[Callable[[], Awaitable[Hold]]]) -> tuple[list[Hold], list[AIGatewayError]]:
-    """All `calls` at the same time: what was granted, and what was refused."""
-    granted: list[Hold] = []
-    errors: list[AIGatewayError] = []
-
-    async def one(call: Callable[[], Awaitable[Hold]]) -> None:
-        try:
-            granted.append(await call())
-        except AIGatewayError as error:
-            errors.append(error)
-
-    async with anyio.create_task_group() as group:
-        for call in calls:
-            group.start_soon(one, call)
-    return granted, errors
-
-
-async def budget(ledger: Ledger, window: Window = "total", *, scope: str = ALICE, caps: Caps | None = NO_CAPS, now: float = NOON) -> Budget:
-    budgets = await ledger.budgets({scope: caps}, now=now)
-    return next(one for one in budgets if one.window == window)
-
-
-async def money(ledger: Ledger, window: Window = "total", *, scope: str = ALICE, now: float = NOON) -> tuple[int, int]:
-    """What is spent and held."""
-    one = await budget(ledger, window, scope=scope, now=now)
-    return one.spent, one.held
-
-
-async def records(ledger: Ledger, **query: Any) -> Sequence[UsageRecord]:
-    return (await ledger.usage(UsageQuery(**query))).data
-
-
-async def assert_clean(ledger: Ledger) -> None:
-    assert await ledger.check() == []
+from ..types import NO_CAPS, Caps, Usage
+from .ledger_kit import (
+    ACME,
+    ALICE,
+    DAY,
+    LEASE,
+    NOON,
+    PRICE,
+    assert_clean,
+    budget,
+    cached_record,
+    completed,
+    gather,
+    hold_request,
+    money,
+    records,
+    refused,
+)
+from .ledger_limits import CreditContract, PruneContract, ReportOnlyContract, ThresholdContract
 
 
 class HoldContract:
@@ -636,5 +541,14 @@ class UsageContract:
         await ledger.ping()
 
 
-class LedgerContract(HoldContract, ResolveContract, PeriodContract, UsageContract):
+class LedgerContract(
+    HoldContract,
+    ResolveContract,
+    PeriodContract,
+    UsageContract,
+    CreditContract,
+    ThresholdContract,
+    ReportOnlyContract,
+    PruneContract,
+):
     """All of it. See the module's docstring for the fixtures."""

@@ -15,7 +15,7 @@ from starlette_aigateway.accounts import GATEWAY_SCOPE, HoldRequest, ScopeClaim
 from starlette_aigateway.errors import AIGatewayError, SpendCapExceeded, SpendCapHeld, TooManyParallelRequests
 from starlette_aigateway.policy.budgets import Periods, day_number, periods_of
 from starlette_aigateway.stores.sqlite.ledger import SQLiteLedger
-from starlette_aigateway.testing.ledger import ACME, NOON, completed, hold_request
+from starlette_aigateway.testing.ledger_kit import ACME, NOON, completed, hold_request
 from starlette_aigateway.types import NO_CAPS, Caps
 
 PRINCIPALS = ("principal:alice", "principal:bob")

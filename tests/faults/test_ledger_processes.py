@@ -12,7 +12,7 @@ import anyio
 import pytest
 
 from starlette_aigateway.stores.sqlite.ledger import SQLiteLedger
-from starlette_aigateway.testing.ledger import LEASE, NOON, assert_clean, completed, hold_request, money
+from starlette_aigateway.testing.ledger_kit import LEASE, NOON, assert_clean, completed, hold_request, money
 from starlette_aigateway.types import Caps
 
 pytestmark = pytest.mark.anyio

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -11,16 +11,36 @@ from typing import Self
 import anyio.to_thread
 import msgspec
 
-from ...accounts import Budget, Finding, Hold, HoldRequest, Settlement, UsageQuery, UsageRecord, UsageReport
-from ...errors import InvalidArgument, StorageUnavailable
-from ...policy.budgets import check_moment, check_request, check_settlement
+from ...accounts import Budget, Credit, Finding, Hold, HoldRequest, Settlement, UsageQuery, UsageRecord, UsageReport
+from ...errors import AIGatewayError, InvalidArgument, StorageUnavailable
+from ...events import BudgetReached
+from ...policy.budgets import THRESHOLDS, check_credit, check_moment, check_request, check_settlement, check_thresholds
 from ...types import Caps, Usage
 from .commit import GroupCommit
 from .connection import Durability, connect
-from .ledger_batch import DUE_AT_ONCE, BatchWriter
+from .ledger_batch import BatchWriter
 from .ledger_budgets import read_budgets
 from .ledger_check import audit
-from .ledger_ops import Expire, Op, Ping, Record, Release, Renew, Reserve, Result, SetCaps, Settle
+from .ledger_credits import list_credits
+from .ledger_load import DUE_AT_ONCE
+from .ledger_ops import (
+    AddCredit,
+    EndCredit,
+    Expire,
+    Op,
+    Outcome,
+    Ping,
+    Prune,
+    Pruned,
+    Record,
+    Release,
+    Renew,
+    Reserve,
+    Result,
+    SetCaps,
+    Settle,
+    Told,
+)
 from .ledger_schema import SCHEMA, Prices
 from .ledger_usage import UsageReader
 from .readers import Readers
@@ -31,17 +51,20 @@ class SQLiteLedger:
 
     Opens nothing before its first use, and opens anew in a forked child. Entering it opens the file and writes to it, so that a host
     learns at start what is wrong. `durability` is SQLite's `synchronous`: with `FULL` a grant survives a power cut. `timeout` is the
-    longest wait in seconds for other processes. Verbs raise `StorageUnavailable` where the file cannot be written or read.
+    longest wait in seconds for other processes. `thresholds` are the percents of a cap that listeners are told of. Verbs raise
+    `StorageUnavailable` where the file cannot be written or read.
 
     A cancelled verb may still be carried out: shield it where its outcome matters.
     """
 
-    def __init__(self, path: Path, *, durability: Durability = "FULL", timeout: float = 5.0) -> None:
+    def __init__(
+        self, path: Path, *, durability: Durability = "FULL", timeout: float = 5.0, thresholds: Sequence[int] = THRESHOLDS
+    ) -> None:
         self._path = Path(path)
         self._durability: Durability = durability
         self._timeout = timeout
         self._prices = Prices()
-        self._writer = BatchWriter(self._prices)
+        self._writer = BatchWriter(self._prices, check_thresholds(thresholds))
         self._commit = GroupCommit[Op, Result](
             self._connect,
             self._writer.apply,
@@ -50,6 +73,7 @@ class SQLiteLedger:
             timeout=timeout,
         )
         self._readers = Readers(self._connect, "ledger")
+        self._listeners: list[Callable[[BudgetReached], None]] = []
 
     def _connect(self) -> sqlite3.Connection:
         try:
@@ -78,10 +102,25 @@ class SQLiteLedger:
         await anyio.to_thread.run_sync(self._commit.close)
         self._readers.close()
 
+    def listen(self, tell: Callable[[BudgetReached], None]) -> None:
+        self._listeners.append(tell)
+
+    async def _run(self, op: Op) -> Outcome:
+        """The result of `op`. Whoever runs the operation that a batch ends with tells what the batch has reached."""
+        result = await self._commit.run(op)
+        if not isinstance(result, Told):
+            return result
+        for reached in result.reached:
+            for tell in self._listeners:
+                tell(reached)
+        if isinstance(result.outcome, AIGatewayError):
+            raise result.outcome
+        return result.outcome
+
     async def reserve(self, request: HoldRequest, *, now: float) -> Hold:
         _check_hold(request)
         check_moment(now, "now")
-        result = await self._commit.run(Reserve(request, self._prices.dump(request.price), now))
+        result = await self._run(Reserve(request, self._prices.dump(request.price), now))
         assert isinstance(result, Hold)
         return result
 
@@ -97,17 +136,17 @@ class SQLiteLedger:
         check_moment(now, "now")
         _check_numbers(settlement.usage, settlement.latency_ms)
         _check_storable(settlement)
-        result = await self._commit.run(Settle(hold_id, settlement, now))
+        result = await self._run(Settle(hold_id, settlement, now))
         assert result is None or isinstance(result, UsageRecord)
         return result
 
     async def release(self, hold_id: str, *, now: float, latency_ms: int | None = None) -> None:
         check_moment(now, "now")
-        await self._commit.run(Release(hold_id, now, latency_ms))
+        await self._run(Release(hold_id, now, latency_ms))
 
     async def renew(self, hold_id: str, expires_at: float, *, now: float) -> bool:
         check_moment(expires_at, "expires_at")
-        return bool(await self._commit.run(Renew(hold_id, expires_at)))
+        return bool(await self._run(Renew(hold_id, expires_at)))
 
     async def record(self, record: UsageRecord) -> None:
         if record.cost != 0:
@@ -115,21 +154,48 @@ class SQLiteLedger:
         check_moment(record.created_at, "created_at")
         _check_numbers(record.usage, record.latency_ms)
         _check_storable(record)
-        await self._commit.run(Record(record, self._prices.dump(record.price)))
+        await self._run(Record(record, self._prices.dump(record.price)))
 
     async def expire(self, *, now: float) -> Sequence[UsageRecord]:
         check_moment(now, "now")
         expired: list[UsageRecord] = []
         while True:
-            some = await self._commit.run(Expire(now))
+            some = await self._run(Expire(now))
             assert isinstance(some, list)
             expired.extend(some)
             if len(some) < DUE_AT_ONCE:
                 return expired
 
+    async def add_credit(self, credit: Credit) -> Credit:
+        check_credit(credit)
+        _check_storable(credit)
+        result = await self._run(AddCredit(credit))
+        assert isinstance(result, Credit)
+        return result
+
+    async def end_credit(self, credit_id: str, *, now: float) -> Credit | None:
+        check_moment(now, "now")
+        _check_storable(credit_id)
+        result = await self._run(EndCredit(credit_id, now))
+        assert result is None or isinstance(result, Credit)
+        return result
+
+    async def credits(self, scope: str | None = None, *, limit: int = 100, before: str | None = None) -> Sequence[Credit]:
+        return await self._readers.run(lambda connection: list_credits(connection, scope, limit, before))
+
+    async def prune(self, before: float) -> int:
+        check_moment(before, "before")
+        entries, start = 0, None
+        while True:
+            pruned = await self._run(Prune(before, start))
+            assert isinstance(pruned, Pruned)
+            entries, start = entries + pruned.entries, pruned.start
+            if start is None:
+                return entries
+
     async def set_caps(self, scope: str, caps: Caps) -> None:
         _check_storable(scope)
-        await self._commit.run(SetCaps(scope, caps))
+        await self._run(SetCaps(scope, caps))
 
     async def budgets(self, scopes: Mapping[str, Caps | None], *, now: float) -> Sequence[Budget]:
         check_moment(now, "now")
@@ -143,7 +209,7 @@ class SQLiteLedger:
         return await self._readers.run(audit)
 
     async def ping(self) -> None:
-        await self._commit.run(Ping())
+        await self._run(Ping())
 
 
 MAX_COUNT = 10**15

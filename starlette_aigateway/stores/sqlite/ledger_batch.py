@@ -8,110 +8,87 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Iterable, Sequence
-from itertools import chain
 from typing import Final
 
-import msgspec
+from msgspec.structs import replace
 
-from ...accounts import Hold, UsageRecord
-from ...errors import AIGatewayError
+from ...accounts import Credit, Hold, HoldRequest, UsageRecord
+from ...errors import AIGatewayError, RequestError
+from ...events import BudgetReached
 from ...policy.budgets import Balance, Books, Periods, day_number, grant, periods_from, periods_of
-from ...types import Caps, Usage
-from .ledger_ops import Expire, Op, Ping, Record, Release, Renew, Reserve, Result, SetCaps, Settle
+from ...types import NO_CAPS, Caps, Usage
+from .ledger_credits import find_credit
+from .ledger_inserts import CHANGE_BALANCES, INSERT_CAPS, INSERT_CREDITS, INSERT_ENTRIES, INSERT_HOLDS, INSERT_USAGE
+from .ledger_load import LOAD, Touched, decode_balances, decode_caps, decode_credits, decode_holds, decode_names, decode_seqs
+from .ledger_ops import (
+    AddCredit,
+    EndCredit,
+    Expire,
+    Op,
+    Outcome,
+    Ping,
+    Prune,
+    Record,
+    Release,
+    Renew,
+    Reserve,
+    Result,
+    SetCaps,
+    Settle,
+    Told,
+)
+from .ledger_prune import prune
 from .ledger_schema import (
     ADJUSTED,
     NO_USAGE,
     SEQ_STEP,
     USAGE_COLUMNS,
-    USAGE_WIDTH,
     HoldFacts,
+    Limit,
     Prices,
     Row,
+    RunningCredit,
+    as_json,
     facts_of,
     record_from,
     record_of,
     seq_base,
     usage_row,
 )
+from .ledger_thresholds import Watch
 
-DUE_IN_PASSING = 32
-DUE_AT_ONCE = 1000
 KEEP_EXPIRED = 7 * 86_400.0
 """Seconds that an expired hold waits for a late settlement."""
 
 
-class Insert:
-    """An insert of any number of rows in few statements, whose texts are few as well, so that SQLite keeps them prepared."""
-
-    SIZES = (64, 16, 4, 1)
-
-    def __init__(self, head: str, width: int, tail: str = "") -> None:
-        row = f"({','.join('?' * width)})"
-        self._texts = {size: f"{head} VALUES {','.join([row] * size)} {tail}" for size in self.SIZES}
-
-    def __call__(self, connection: sqlite3.Connection, rows: Sequence[Row]) -> None:
-        start = 0
-        for size, sql in self._texts.items():
-            while len(rows) - start >= size:
-                connection.execute(sql, list(chain.from_iterable(rows[start : start + size])))
-                start += size
-
-
-INSERT_HOLDS: Final = Insert("INSERT OR REPLACE INTO holds (id, expires_at, expired, facts)", 4)
-INSERT_ENTRIES: Final = Insert("INSERT INTO entries (hold, kind, at, amount, day, scopes)", 6)
-INSERT_USAGE: Final = Insert(f"INSERT INTO usage ({USAGE_COLUMNS})", USAGE_WIDTH)
-INSERT_CAPS: Final = Insert("INSERT OR REPLACE INTO caps (scope, day, month, total)", 4)
-CHANGE_BALANCES: Final = Insert(
-    "INSERT INTO balances (scope, period, spent, held, open)",
-    5,
-    "ON CONFLICT (scope, period) DO UPDATE SET spent = spent + excluded.spent, held = held + excluded.held, open = open + excluded.open",
-)
 DELETE_HOLDS: Final = "DELETE FROM holds WHERE id IN (SELECT value FROM json_each(?))"
-PRUNE_HOLDS: Final = "DELETE FROM holds WHERE expired = 1 AND expires_at < ?"
+FORGET_HOLDS: Final = "DELETE FROM holds WHERE expired = 1 AND expires_at < ?"
 
-LOAD: Final = """
-SELECT
-  (SELECT value FROM meta WHERE name = 'day'),
-  (SELECT '[' || group_concat(facts) || ']' FROM holds WHERE id IN (SELECT value FROM json_each(:holds))),
-  (SELECT '[' || group_concat(facts) || ']'
-     FROM (SELECT facts FROM holds WHERE expired = 0 AND expires_at <= :now ORDER BY expires_at LIMIT :due)),
-  (SELECT min(expires_at) FROM holds WHERE expired = 0 AND expires_at > :now),
-  (SELECT json_group_array(json_array(scope, period, spent, held, open))
-     FROM json_each(:pairs) AS pair CROSS JOIN balances
-     ON scope = json_extract(pair.value, '$[0]') AND period = json_extract(pair.value, '$[1]')),
-  (SELECT json_group_array(json_array(scope, day, month, total)) FROM caps WHERE scope IN (SELECT value FROM json_each(:scopes))),
-  (SELECT json_group_array(id) FROM usage WHERE id IN (SELECT value FROM json_each(:records)))
-"""
+END_CREDIT: Final = "UPDATE credits SET ended_at = ? WHERE id = ? AND ended_at IS NULL"
 RECORDS: Final = f"SELECT {USAGE_COLUMNS} FROM usage WHERE id IN (SELECT value FROM json_each(?))"  # noqa: S608  # a constant
 TAKEN_SEQS: Final = """
 SELECT '[' || group_concat((SELECT max(seq) FROM usage WHERE seq >= value AND seq < value + 1048576)) || ']' FROM json_each(?)
 """
 
-decode_holds = msgspec.json.Decoder(list[HoldFacts]).decode
-decode_balances = msgspec.json.Decoder(list[tuple[str, str, int, int, int]]).decode
-decode_caps = msgspec.json.Decoder(list[tuple[str, int | None, int | None, int | None]]).decode
-decode_names = msgspec.json.Decoder(list[str]).decode
-decode_seqs = msgspec.json.Decoder(list[int]).decode
-encode = msgspec.json.Encoder().encode
-
-
-def as_json(value: object) -> str:
-    return encode(value).decode()
-
 
 class BatchWriter:
-    """Applies batches; knows nothing from one to the next but the latest day that it read, which saves a second load."""
+    """Applies batches; knows nothing from one to the next but the latest day that it read, which saves a second load. `thresholds` are
+    the percents of a cap that are told."""
 
-    def __init__(self, prices: Prices) -> None:
+    def __init__(self, prices: Prices, thresholds: Sequence[int] = ()) -> None:
         self._prices = prices
+        self._thresholds = thresholds
         self._day = 0
 
     def apply(self, connection: sqlite3.Connection, ops: Sequence[Op]) -> Sequence[Result | AIGatewayError]:
-        batch = Batch(connection, ops, self._prices)
+        batch = Batch(connection, ops, self._prices, self._thresholds)
         self._day = batch.load(self._day)
-        results = [batch.decide(op) for op in ops]
+        outcomes = [batch.decide(op) for op in ops]
         batch.flush()
-        return results
+        reached = batch.reached()
+        if reached:
+            return [*outcomes[:-1], Told(outcomes[-1], reached)]
+        return outcomes
 
     def probe(self, connection: sqlite3.Connection, op: Reserve) -> Hold:
         """What `op` would be granted in a batch of its own; nothing is written. For any thread."""
@@ -127,7 +104,7 @@ class BatchWriter:
 class Batch:
     """What is known of everything that the operations touch, and what they change."""
 
-    def __init__(self, connection: sqlite3.Connection, ops: Sequence[Op], prices: Prices) -> None:
+    def __init__(self, connection: sqlite3.Connection, ops: Sequence[Op], prices: Prices, thresholds: Sequence[int] = ()) -> None:
         self._connection = connection
         self._ops = ops
         self._prices = prices
@@ -144,14 +121,18 @@ class Batch:
         self._entries: list[Row] = []
         self._new_records: list[tuple[UsageRecord, str | None, int]] = []
         self._new_caps: dict[str, Caps] = {}
-        self._prune_before: float | None = None
+        self._credits: dict[str, list[RunningCredit]] = {}
+        self._new_credits: list[Credit] = []
+        self._ended_credits: list[tuple[float, str]] = []
+        self._watch = Watch(thresholds)
+        self._forget_before: float | None = None
         self._pinged = False
 
     def load(self, likely_day: int) -> int:
         """Reads all that the operations name. Returns the latest day that is stored; where it is not the `likely_day`, the periods
         that were read for were the wrong ones, and all is read again."""
-        touched = _Touched(self._ops, likely_day)
-        stored, holds, due, next_lease_end, balances, caps, records = self._connection.execute(LOAD, touched.parameters).fetchone()
+        touched = Touched(self._ops, likely_day)
+        stored, holds, due, next_lease_end, balances, caps, running, records = self._connection.execute(LOAD, touched.parameters).fetchone()
         if stored > likely_day:
             return self.load(stored)
         self._day = max(likely_day, stored)
@@ -159,17 +140,19 @@ class Batch:
         self._books.next_lease_end = next_lease_end
         for pair in touched.pairs:
             self._books.balances[pair] = Balance()
-        for scope, period, spent, held, open_holds in decode_balances(balances):
-            self._books.balances[scope, period] = Balance(spent, held, open_holds)
+        for scope, period, *figures in decode_balances(balances):
+            self._books.balances[scope, period] = Balance(*figures)
         for scope, day, month, total in decode_caps(caps):
             self._books.caps[scope] = Caps(day, month, total)
+        for credit in decode_credits(running):
+            self._run(credit)
         for facts in decode_holds(holds) if holds else ():
             self._holds[facts.id] = facts
         self._load_records(touched.resolving, decode_names(records))
         if due:
             self._expire([facts for facts in decode_holds(due) if facts.id not in touched.resolving], touched.now)
         if due or touched.expiring:
-            self._prune_before = touched.now - KEEP_EXPIRED
+            self._forget_before = touched.now - KEEP_EXPIRED
         return int(stored)
 
     def _load_records(self, resolving: Iterable[str], known: list[str]) -> None:
@@ -180,7 +163,7 @@ class Batch:
             for row in self._connection.execute(RECORDS, (as_json(names),)).fetchall():
                 self._records[row[1]] = record_from(row, self._prices), row[-1]
 
-    def decide(self, op: Op) -> Result | AIGatewayError:
+    def decide(self, op: Op) -> Outcome | AIGatewayError:
         try:
             match op:
                 case Reserve():
@@ -193,15 +176,28 @@ class Batch:
                     self._record(op)
                 case Renew():
                     return self._renew(op)
-                case Expire():
-                    expired, self._expired = self._expired, []
-                    return expired
-                case SetCaps():
-                    self._books.caps[op.scope] = self._new_caps[op.scope] = op.caps
-                case Ping():
-                    self._pinged = True
+                case _:
+                    return self._keep_house(op)
         except AIGatewayError as refusal:
             return refusal
+        return None
+
+    def _keep_house(self, op: Op) -> Outcome:
+        """What is no part of a call."""
+        match op:
+            case Expire():
+                expired, self._expired = self._expired, []
+                return expired
+            case SetCaps():
+                self._books.caps[op.scope] = self._new_caps[op.scope] = op.caps
+            case AddCredit():
+                return self._add_credit(op.credit)
+            case EndCredit():
+                return self._end_credit(op)
+            case Prune():
+                return prune(self._connection, op)
+            case Ping():
+                self._pinged = True
         return None
 
     def _reserve(self, op: Reserve) -> Hold:
@@ -210,7 +206,13 @@ class Batch:
             return known.hold
         if (resolved := self._records.get(request.id)) is not None:
             record, amount = resolved
-            return Hold(id=record.id, amount=amount, made_at=record.created_at, expires_at=request.expires_at)
+            return Hold(
+                id=record.id,
+                amount=amount,
+                made_at=record.created_at,
+                expires_at=request.expires_at,
+                would_refuse=record.would_refuse,
+            )
         if request.replaces is not None:
             self._release(request.replaces, op.now, None)
         today = day_number(op.now)
@@ -218,14 +220,35 @@ class Batch:
         if self._today is None or self._today[0] != day:
             self._today = day, periods_of(day)
         periods = self._today[1]
-        amount = grant(request, self._books, periods, op.now)
+        self._lapse(request, op.now)
+        caps = [self._books.raised_caps(claim) for claim in request.scopes]
+        for claim, cap in zip(request.scopes, caps, strict=True):
+            self._watch.add(claim.scope, periods, cap)
+        amount, would_refuse = self._granted(request, periods, op.now)
         made_at = op.now if day == today else day * 86_400.0
-        facts = facts_of(request, op.price, amount=amount, day=periods.day, made_at=made_at)
+        facts = facts_of(request, op.price, amount=amount, day=periods.day, made_at=made_at, caps=caps, would_refuse=would_refuse)
         self._books.hold(facts.scopes, periods, amount)
         self._holds[facts.id] = self._changed_holds[facts.id] = facts
-        limits = [(claim.scope, *self._books.caps_of(claim)) for claim in request.scopes]
-        self._entries.append((facts.id, "hold", made_at, amount, periods.day, as_json(limits)))
+        limits = as_json(self._limits(request, enforced=request.enforce))
+        self._entries.append((facts.id, "hold", made_at, amount, periods.day, limits, op.price))
         return facts.hold
+
+    def _granted(self, request: HoldRequest, periods: Periods, now: float) -> tuple[int, str | None]:
+        """The amount; and where limits are only reported, the code of the refusal that it passed over."""
+        try:
+            afforded = grant(request, self._books, periods, now)
+        except RequestError as refusal:
+            if request.enforce:
+                raise
+            return request.wanted, request.would_refuse or refusal.code
+        return afforded if request.enforce else request.wanted, request.would_refuse
+
+    def _limits(self, request: HoldRequest, *, enforced: bool) -> list[Limit]:
+        """Where limits are only reported, a grant was made under none, and breaks none."""
+        return [
+            Limit(claim.scope, *(self._books.caps_of(claim) if enforced else NO_CAPS), self._books.credits.get(claim.scope, 0))
+            for claim in request.scopes
+        ]
 
     def _settle(self, op: Settle) -> UsageRecord | None:
         facts = self._holds.get(op.hold_id)
@@ -265,7 +288,8 @@ class Batch:
             facts.expired = True
             self._books.resolve(facts.scopes, self._periods_of(facts), held=facts.amount, booked=facts.amount)
             self._holds[facts.id] = self._changed_holds[facts.id] = facts
-            self._entries.append((facts.id, "expire", now, facts.amount, None, None))
+            self._entries.append((facts.id, "expire", now, facts.amount, None, None, None))
+            self._watch_facts(facts)
             self._expired.append(self._book(facts, record_of(facts, self._prices.load(facts.price), "expired", facts.amount)))
 
     def _adjust(
@@ -274,7 +298,8 @@ class Batch:
         difference = amount - facts.amount
         self._books.adjust(facts.scopes, self._periods_of(facts), difference)
         self._forget(facts)
-        self._entries.append((facts.id, "adjust", now, difference, None, None))
+        self._entries.append((facts.id, "adjust", now, difference, None, None, None))
+        self._watch_facts(facts)
         price = self._prices.load(facts.price)
         return self._book(
             facts, record_of(facts, price, "adjusted", difference, usage=usage, response_model=response_model, latency_ms=latency_ms)
@@ -283,7 +308,54 @@ class Batch:
     def _resolve(self, facts: HoldFacts, kind: str, booked: int, now: float) -> None:
         self._books.resolve(facts.scopes, self._periods_of(facts), held=facts.amount, booked=booked)
         self._forget(facts)
-        self._entries.append((facts.id, kind, now, booked, None, None))
+        self._entries.append((facts.id, kind, now, booked, None, None, None))
+        self._watch_facts(facts)
+
+    def _watch_facts(self, facts: HoldFacts) -> None:
+        if facts.caps is not None:
+            periods = self._periods_of(facts)
+            for scope, caps in zip(facts.scopes, facts.caps, strict=True):
+                self._watch.add(scope, periods, caps)
+
+    # -- credits -----------------------------------------------------------------------------------------------------------
+
+    def _run(self, credit: RunningCredit) -> None:
+        self._credits.setdefault(credit.scope, []).append(credit)
+        self._books.credits[credit.scope] = self._books.credits.get(credit.scope, 0) + credit.amount
+
+    def _lapse(self, request: HoldRequest, now: float) -> None:
+        """Takes back what is over. For good: a clock that steps back finds it ended."""
+        for claim in request.scopes:
+            for credit in self._credits.get(claim.scope, ())[:]:
+                if credit.expires_at <= now:
+                    self._end(credit, now)
+
+    def _end(self, credit: RunningCredit, now: float) -> None:
+        running = self._credits.get(credit.scope, [])
+        if credit in running:
+            running.remove(credit)
+            self._books.credits[credit.scope] -= credit.amount
+        self._ended_credits.append((now, credit.id))
+        self._entries.append((credit.id, "credit", now, -credit.amount, None, as_json([credit.scope]), None))
+
+    def _add_credit(self, credit: Credit) -> Credit:
+        known = find_credit(self._connection, credit.id) or next((new for new in self._new_credits if new.id == credit.id), None)
+        if known is not None:
+            return known
+        self._new_credits.append(credit)
+        self._entries.append((credit.id, "credit", credit.created_at, credit.amount, None, as_json([credit.scope]), None))
+        self._run(RunningCredit(credit.id, credit.scope, credit.amount, credit.expires_at))
+        return credit
+
+    def _end_credit(self, op: EndCredit) -> Credit | None:
+        known = find_credit(self._connection, op.credit_id) or next((new for new in self._new_credits if new.id == op.credit_id), None)
+        if known is None or known.ended_at is not None:
+            return known
+        gone = next((at for at, name in self._ended_credits if name == op.credit_id), None)
+        if gone is None:
+            gone = op.now
+            self._end(RunningCredit(known.id, known.scope, known.amount, known.expires_at), op.now)
+        return replace(known, ended_at=gone)
 
     def _periods_of(self, facts: HoldFacts) -> Periods:
         periods = self._periods.get(facts.day)
@@ -322,15 +394,21 @@ class Batch:
         INSERT_ENTRIES(connection, self._entries)
         if self._new_records:
             INSERT_USAGE(connection, self._usage_rows())
+        INSERT_CREDITS(connection, [(c.id, c.scope, c.amount, c.created_at, c.expires_at, c.actor, c.note) for c in self._new_credits])
+        connection.executemany(END_CREDIT, self._ended_credits)
         changes = [(*key, *balance.changes) for key, balance in self._books.balances.items()]
         CHANGE_BALANCES(connection, [change for change in changes if change[2] or change[3] or change[4]])
         INSERT_CAPS(connection, [(scope, *caps) for scope, caps in self._new_caps.items()])
         if self._day > self._stored_day:
             connection.execute("UPDATE meta SET value = ? WHERE name = 'day'", (self._day,))
-        if self._prune_before is not None:
-            connection.execute(PRUNE_HOLDS, (self._prune_before,))
+        if self._forget_before is not None:
+            connection.execute(FORGET_HOLDS, (self._forget_before,))
         if self._pinged:
             connection.execute("UPDATE meta SET value = value + 1 WHERE name = 'pings'")
+
+    def reached(self) -> list[BudgetReached]:
+        """The thresholds that what is spent has reached and that nobody was told before. After `flush`."""
+        return self._watch.reached(self._connection, self._books)
 
     def _usage_rows(self) -> list[Row]:
         """New records with row numbers that none has yet: in each millisecond, the first one free."""
@@ -345,50 +423,3 @@ class Batch:
             rows.append(usage_row(record, following[base], price, held))
             following[base] += 1
         return rows
-
-
-class _Touched:
-    """What a batch will read."""
-
-    def __init__(self, ops: Sequence[Op], day: int) -> None:
-        self.pairs: dict[tuple[str, str], None] = {}
-        self.resolving: dict[str, None] = {}
-        self.now = 0.0
-        reserving: list[str] = []
-        records: list[str] = []
-        stored_caps: dict[str, None] = {}
-        self.expiring = False
-        periods: Periods | None = None
-        for op in ops:
-            match op:
-                case Reserve():
-                    request = op.request
-                    reserving.append(request.id)
-                    if request.replaces is not None:
-                        self.resolving[request.replaces] = None
-                    self.now = max(self.now, op.now)
-                    if day_number(op.now) > day or periods is None:
-                        day = max(day, day_number(op.now))
-                        periods = periods_of(day)
-                    for claim in request.scopes:
-                        for period in periods:
-                            self.pairs[claim.scope, period] = None
-                        if claim.caps is None:
-                            stored_caps[claim.scope] = None
-                case Settle() | Release() | Renew():
-                    self.resolving[op.hold_id] = None
-                case Record():
-                    records.append(op.record.id)
-                case Expire():
-                    self.now = max(self.now, op.now)
-                    self.expiring = True
-                case SetCaps() | Ping():
-                    pass
-        self.parameters = {
-            "holds": as_json(reserving + list(self.resolving)),
-            "now": self.now,
-            "due": DUE_AT_ONCE if self.expiring else DUE_IN_PASSING,
-            "pairs": as_json(list(self.pairs)),
-            "scopes": as_json(list(stored_caps)),
-            "records": as_json(reserving + records),
-        }

@@ -9,6 +9,7 @@ from typing import Final
 from ...accounts import Budget
 from ...policy.budgets import WINDOWS, day_number, periods_of
 from ...types import NO_CAPS, Caps
+from .ledger_credits import running_credit
 
 BALANCES: Final = "SELECT period, spent, held FROM balances WHERE scope = ? AND period IN (?, ?, ?)"
 
@@ -20,10 +21,12 @@ def read_budgets(connection: sqlite3.Connection, scopes: Mapping[str, Caps | Non
     budgets = []
     for scope, given in scopes.items():
         caps = stored_caps(connection, scope) if given is None else given
+        credit = running_credit(connection, scope, now)
         figures = {period: (spent, held) for period, spent, held in connection.execute(BALANCES, (scope, *periods)).fetchall()}
         for window, period, cap in zip(WINDOWS, periods, caps, strict=True):
             spent, held = figures.get(period, (0, 0))
-            budgets.append(Budget(scope=scope, window=window, period=period, cap=cap, spent=spent, held=held))
+            extra = 0 if cap is None else credit
+            budgets.append(Budget(scope=scope, window=window, period=period, cap=cap, spent=spent, held=held, credit=extra))
     return budgets
 
 

@@ -3,31 +3,25 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Final, NamedTuple
 
 import msgspec
 
 from ...accounts import Finding
 from ...policy.budgets import WINDOWS, Balance, Books, periods_from
+from .ledger_check_records import check_records
+from .ledger_schema import Limit
 
-ENTRIES: Final = "SELECT hold, kind, amount, day, scopes FROM entries ORDER BY seq"
-UNMATCHED_RECORDS: Final = """
-SELECT hold, kind, amount, usage.cost FROM entries
-LEFT JOIN usage ON usage.id = CASE kind WHEN 'adjust' THEN hold || '.adjust' ELSE hold END
-WHERE kind <> 'hold' AND (
-  usage.id IS NULL OR usage.cost <> amount
-  OR CASE kind
-     WHEN 'release' THEN outcome <> 'released'
-     WHEN 'expire' THEN outcome <> 'expired'
-     WHEN 'adjust' THEN outcome <> 'adjusted'
-     ELSE outcome IN ('released', 'expired', 'adjusted', 'cached') END)
-"""
-BOOKED: Final = "SELECT count(*), coalesce(sum(amount), 0) FROM entries WHERE kind <> 'hold'"
-RECORDED: Final = "SELECT count(*), coalesce(sum(cost), 0) FROM usage WHERE outcome <> 'cached'"
-COSTLY_HITS: Final = "SELECT id, cost FROM usage WHERE outcome = 'cached' AND cost <> 0"
+ENTRIES: Final = "SELECT seq, hold, kind, amount, day, scopes FROM entries ORDER BY seq"
+CARRIED: Final = "SELECT value FROM meta WHERE name = 'carried'"
+REPORTED_EVERY = 1000
 
-decode_limits = msgspec.json.Decoder(list[tuple[str, int | None, int | None, int | None]]).decode
+decode_limits = msgspec.json.Decoder(list[Limit]).decode
+decode_scopes = msgspec.json.Decoder(list[str]).decode
+
+Progress = Callable[[int], None]
+"""Told now and then how many entries and records were looked at so far."""
 
 
 class _Held(NamedTuple):
@@ -36,51 +30,67 @@ class _Held(NamedTuple):
     scopes: tuple[str, ...]
 
 
-def audit(connection: sqlite3.Connection) -> list[Finding]:
+def audit(connection: sqlite3.Connection, progress: Progress | None = None) -> list[Finding]:
     """Everything that contradicts an invariant, within the one snapshot that `connection` reads."""
-    replay = _Replay()
+    (carried,) = connection.execute(CARRIED).fetchone()
+    replay = _Replay(carried)
     findings: list[Finding] = []
+    seen = 0
     for entry in connection.execute(ENTRIES):
         findings.extend(replay.step(*entry))
+        seen += 1
+        if progress is not None and seen % REPORTED_EVERY == 0:
+            progress(seen)
     findings.extend(_balances(connection, replay.books))
     findings.extend(_holds(connection, replay))
-    findings.extend(_records(connection))
+    findings.extend(_credits(connection, replay))
+    findings.extend(check_records(connection, None if progress is None else lambda records: progress(seen + records)))
     return findings
 
 
 class _Replay:
-    """The books as the entries alone make them."""
+    """The books as the entries alone make them. Of the entries up to `carried` some were replaced: whether those that are left kept
+    their caps was known when they were all there."""
 
-    def __init__(self) -> None:
+    def __init__(self, carried: int) -> None:
         self.books = Books()
         self.open: dict[str, _Held] = {}
         self.expired: dict[str, _Held] = {}
+        self.credits: dict[str, int] = {}
+        self._carried = carried
 
-    def step(self, hold_id: str, kind: str, amount: int, day: str | None, scopes: str | None) -> Iterator[Finding]:
+    def step(self, seq: int, hold_id: str, kind: str, amount: int, day: str | None, scopes: str | None) -> Iterator[Finding]:
         match kind:
             case "hold":
-                yield from self._hold(hold_id, amount, day or "", scopes or "[]")
+                yield from self._hold(hold_id, amount, day or "", decode_limits(scopes or "[]"), seq > self._carried)
             case "adjust":
                 yield from self._adjust(hold_id, amount)
             case "settle" | "release" | "expire":
                 yield from self._resolve(hold_id, kind, amount)
+            case "credit":
+                yield from self._credit(hold_id, amount, decode_scopes(scopes or "[]"))
+            case "carry":
+                if hold_id:
+                    self.books.balances[hold_id, day or ""] = Balance(amount)
             case _:
                 yield Finding("I3", hold_id, f"an entry of the unknown kind {kind}")
 
-    def _hold(self, hold_id: str, amount: int, day: str, scopes: str) -> Iterator[Finding]:
-        if hold_id in self.open:
+    def _hold(self, hold_id: str, amount: int, day: str, limits: list[Limit], all_there: bool) -> Iterator[Finding]:
+        if hold_id in self.open or hold_id in self.expired:
             yield Finding("I3", hold_id, "was granted twice")
             return
-        limits = decode_limits(scopes)
         periods = periods_from(day)
-        self.open[hold_id] = held = _Held(amount, day, tuple(scope for scope, *_ in limits))
+        self.open[hold_id] = held = _Held(amount, day, tuple(limit.scope for limit in limits))
         self.books.hold(held.scopes, periods, amount)
-        for scope, *caps in limits:
-            for window, period, cap in zip(WINDOWS, periods, caps, strict=True):
-                balance = self.books.balances[scope, period]
-                if cap is not None and balance.spent + balance.held > cap:
+        for limit in limits:
+            credit = self.books.credits.get(limit.scope, 0)
+            if limit.credit != credit:
+                yield Finding("I1", hold_id, f"granted in {limit.scope} with a credit of {limit.credit}, the entries give {credit}")
+            for window, period, cap in zip(WINDOWS, periods, limit.caps, strict=True):
+                balance = self.books.balances[limit.scope, period]
+                if cap is not None and balance.spent + balance.held > cap and all_there:
                     figures = f"spent {balance.spent} and held {balance.held} pass the cap {cap}"
-                    yield Finding("I1", hold_id, f"granted {amount} in {scope}, {window}: {figures}")
+                    yield Finding("I1", hold_id, f"granted {amount} in {limit.scope}, {window}: {figures}")
 
     def _resolve(self, hold_id: str, kind: str, amount: int) -> Iterator[Finding]:
         held = self.open.pop(hold_id, None)
@@ -99,6 +109,16 @@ class _Replay:
             yield Finding("I3", hold_id, f"an adjustment of {amount}, but no hold of that id had expired")
             return
         self.books.adjust(held.scopes, periods_from(held.day), amount)
+
+    def _credit(self, credit_id: str, amount: int, scopes: list[str]) -> Iterator[Finding]:
+        """A credit is given once, and ends once with the same amount."""
+        given = self.credits.get(credit_id)
+        if (given is None and amount <= 0) or (given is not None and given + amount != 0):
+            yield Finding("I3", credit_id, f"an entry of {amount} for a credit of {given or 0}")
+            return
+        self.credits[credit_id] = amount if given is None else 0
+        for scope in scopes:
+            self.books.credits[scope] = self.books.credits.get(scope, 0) + amount
 
 
 def _balances(connection: sqlite3.Connection, books: Books) -> Iterator[Finding]:
@@ -129,14 +149,11 @@ def _holds(connection: sqlite3.Connection, replay: _Replay) -> Iterator[Finding]
         yield Finding("I3", hold_id, "open by the entries, but not stored: nothing would ever resolve it")
 
 
-def _records(connection: sqlite3.Connection) -> Iterator[Finding]:
-    for hold_id, kind, amount, cost in connection.execute(UNMATCHED_RECORDS):
-        found = "there is no record of it" if cost is None else f"its record does not match: cost {cost}"
-        yield Finding("I2", hold_id, f"a {kind} booked {amount}; {found}")
-    booked, recorded = connection.execute(BOOKED).fetchone(), connection.execute(RECORDED).fetchone()
-    if booked != recorded:
-        yield Finding(
-            "I2", "usage", f"{recorded[0]} records sum up to {recorded[1]}, {booked[0]} resolutions in the entries to {booked[1]}"
-        )
-    for record_id, cost in connection.execute(COSTLY_HITS):
-        yield Finding("I2", record_id, f"a cached answer cost {cost}")
+def _credits(connection: sqlite3.Connection, replay: _Replay) -> Iterator[Finding]:
+    stored = {}
+    for credit_id, amount, ended_at in connection.execute("SELECT id, amount, ended_at FROM credits"):
+        stored[credit_id] = amount if ended_at is None else 0
+    for credit_id in sorted(stored.keys() | replay.credits.keys()):
+        found, right = stored.get(credit_id), replay.credits.get(credit_id)
+        if found != right:
+            yield Finding("I2", credit_id, f"a credit that counts {found or 0}, the entries give {right or 0}")

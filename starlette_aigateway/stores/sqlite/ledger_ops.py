@@ -7,7 +7,9 @@ from typing import TypeAlias
 
 from msgspec import Struct
 
-from ...accounts import Hold, HoldRequest, Settlement, UsageRecord
+from ...accounts import Credit, Hold, HoldRequest, Settlement, UsageRecord
+from ...errors import AIGatewayError
+from ...events import BudgetReached
 from ...types import Caps
 
 
@@ -50,9 +52,40 @@ class SetCaps(Struct, frozen=True):
     caps: Caps
 
 
+class AddCredit(Struct, frozen=True):
+    credit: Credit
+
+
+class EndCredit(Struct, frozen=True):
+    credit_id: str
+    now: float
+
+
+class Prune(Struct, frozen=True):
+    """Carries entries made before `before` that are settled for good, out of a bounded number from `start` on (a row number)."""
+
+    before: float
+    start: int | None
+
+
+class Pruned(Struct, frozen=True):
+    """How many entries were replaced, and where the next `Prune` starts; None: there is nothing behind."""
+
+    entries: int
+    start: int | None
+
+
 class Ping(Struct, frozen=True):
     """Writes something of no meaning."""
 
 
-Op: TypeAlias = Reserve | Settle | Release | Renew | Record | Expire | SetCaps | Ping
-Result: TypeAlias = Hold | UsageRecord | Sequence[UsageRecord] | bool | None
+class Told(Struct, frozen=True):
+    """The outcome of one operation, and the thresholds that its batch has reached: known to hold once the batch is committed."""
+
+    outcome: Outcome | AIGatewayError
+    reached: Sequence[BudgetReached]
+
+
+Op: TypeAlias = Reserve | Settle | Release | Renew | Record | Expire | SetCaps | AddCredit | EndCredit | Prune | Ping
+Outcome: TypeAlias = Hold | UsageRecord | Sequence[UsageRecord] | Credit | Pruned | bool | None
+Result: TypeAlias = Outcome | Told

@@ -1,14 +1,16 @@
 """The ledger's tables, and what a row of them is in Python.
 
 - `balances`: what is spent and held, by scope and period (`2026-01-31`, `2026-01`, empty for the lifetime); `open` counts the open
-  holds of a scope, in its lifetime row.
+  holds of a scope, in its lifetime row; `told` is the highest threshold in percent that was told.
 - `holds`: the open ones, and for a week the expired ones, which a late settlement may still adjust. `facts` is a `HoldFacts` in JSON.
-- `entries`: append-only, in the order of the decisions; what `check` replays. A `hold` entry carries its day and, for each scope, the
-  caps that it was decided under.
+- `entries`: append-only, in the order of the decisions; what `check` replays. A `hold` entry carries its price, its day and, for each
+  scope, the `Limit` that it was decided under. Those of settled holds are at last replaced by `carry` entries (`ledger_prune.py`).
 - `usage`: one record for each attempt. The row number is the time in milliseconds and 20 bits that tell equal times apart, so that
   each index on a filter is also in the order of time, and none on the time itself is needed.
+- `credits`: temporary top-ups, for good; `ended_at` is set when one no longer counts. Each is an entry of its amount when it is given,
+  and one of the negative amount when it ends.
 - `caps`: those of tenants and of the gateway. `meta`: `day` is the latest UTC day that a hold was asked for in, granted or not,
-  in days since 1970.
+  in days since 1970; of the entries up to the row number `carried` not all are there any more; `carrying` is 1 while some are deleted.
 """
 
 from __future__ import annotations
@@ -21,8 +23,9 @@ from msgspec import Struct
 
 from ...accounts import Hold, HoldRequest, Outcome, UsageRecord
 from ...money import text
+from ...policy.budgets import raised
 from ...prices import RATES, Price, PriceTier
-from ...types import Usage
+from ...types import NO_CAPS, Caps, Usage
 
 SCHEMA: Final = (
     """
@@ -63,6 +66,8 @@ CREATE TABLE credits (
     id TEXT NOT NULL PRIMARY KEY, scope TEXT NOT NULL, amount INTEGER NOT NULL, created_at REAL NOT NULL, expires_at REAL NOT NULL,
     ended_at REAL, actor TEXT NOT NULL, note TEXT NOT NULL
 ) WITHOUT ROWID;
+CREATE INDEX carries ON entries (hold, day) WHERE kind = 'carry';
+CREATE INDEX credits_of_a_scope ON credits (scope);
 CREATE INDEX credits_running ON credits (scope) WHERE ended_at IS NULL;
 INSERT INTO meta VALUES ('carried', 0), ('carrying', 0);
 CREATE TRIGGER entries_never_change BEFORE UPDATE ON entries
@@ -79,7 +84,8 @@ ADJUSTED = ".adjust"
 
 
 class HoldFacts(Struct, array_like=True):
-    """All that is known of a hold that is not resolved. `made_at` is never before the ledger's latest day."""
+    """All that is known of a hold that is not resolved. `made_at` is never before the ledger's latest day. `caps` are those of each of
+    the `scopes` as they were then, credits included; None where there were none."""
 
     id: str
     request_id: str
@@ -98,10 +104,33 @@ class HoldFacts(Struct, array_like=True):
     made_at: float
     expires_at: float
     expired: bool = False
+    caps: tuple[Caps, ...] | None = None
+    would_refuse: str | None = None
 
     @property
     def hold(self) -> Hold:
-        return Hold(id=self.id, amount=self.amount, made_at=self.made_at, expires_at=self.expires_at)
+        return Hold(id=self.id, amount=self.amount, made_at=self.made_at, expires_at=self.expires_at, would_refuse=self.would_refuse)
+
+
+class Limit(Struct, array_like=True):
+    """What one scope was held under: its caps in nano-USD, and what running credits added to each. Without caps, nothing was enforced."""
+
+    scope: str
+    day: int | None
+    month: int | None
+    total: int | None
+    credit: int = 0
+
+    @property
+    def caps(self) -> Caps:
+        return raised(Caps(self.day, self.month, self.total), self.credit)
+
+
+class RunningCredit(Struct, array_like=True):
+    id: str
+    scope: str
+    amount: int
+    expires_at: float
 
 
 NO_USAGE = Usage(input_tokens=0, output_tokens=0)
@@ -165,7 +194,9 @@ def _price(snapshot: Sequence[Any]) -> Price:
     return Price(**rates, request=request, tiers=tiers)
 
 
-def facts_of(request: HoldRequest, price: str | None, *, amount: int, day: str, made_at: float) -> HoldFacts:
+def facts_of(
+    request: HoldRequest, price: str | None, *, amount: int, day: str, made_at: float, caps: Sequence[Caps], would_refuse: str | None
+) -> HoldFacts:
     return HoldFacts(
         request.id,
         request.request_id,
@@ -183,6 +214,9 @@ def facts_of(request: HoldRequest, price: str | None, *, amount: int, day: str, 
         day,
         made_at,
         request.expires_at,
+        False,
+        None if all(cap is NO_CAPS for cap in caps) else tuple(caps),
+        would_refuse,
     )
 
 
@@ -215,17 +249,24 @@ def record_of(
         latency_ms=latency_ms,
         prompt=facts.prompt,
         tags=facts.tags or {},
+        would_refuse=facts.would_refuse,
     )
 
 
 USAGE_COLUMNS = (
     "seq, id, request_id, attempt, created_at, principal, tenant, key_id, provider, model, response_model, input_tokens, output_tokens,"
     " cache_read_input_tokens, cache_creation_input_tokens, reasoning_output_tokens, cost, price, outcome, latency_ms, prompt, tags,"
-    " cache_creation_1h_input_tokens, held"
+    " cache_creation_1h_input_tokens, would_refuse, held"
 )
 USAGE_WIDTH = USAGE_COLUMNS.count(",") + 1
 
+_encode = msgspec.json.Encoder().encode
+
 Row = Sequence[Any]  # what sqlite3 binds and returns: int, float, str, None
+
+
+def as_json(value: object) -> str:
+    return _encode(value).decode()
 
 
 def tags_text(tags: Mapping[str, str]) -> str | None:
@@ -258,6 +299,7 @@ def usage_row(record: UsageRecord, seq: int, price: str | None, held: int) -> Ro
         record.prompt,
         tags_text(record.tags),
         usage.cache_creation_1h_input_tokens,
+        record.would_refuse,
         held,
     )
 
@@ -289,4 +331,5 @@ def record_from(row: Row, prices: Prices) -> UsageRecord:
         latency_ms=row[19],
         prompt=row[20],
         tags={} if row[21] is None else msgspec.json.decode(row[21], type=dict[str, str]),
+        would_refuse=row[23],
     )

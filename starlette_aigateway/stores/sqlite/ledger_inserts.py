@@ -1,0 +1,39 @@
+"""Inserts of many rows in few statements."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Sequence
+from itertools import chain
+from typing import Final
+
+from .ledger_schema import USAGE_COLUMNS, USAGE_WIDTH, Row
+
+
+class Insert:
+    """An insert of any number of rows in few statements, whose texts are few as well, so that SQLite keeps them prepared."""
+
+    SIZES = (64, 16, 4, 1)
+
+    def __init__(self, head: str, width: int, tail: str = "") -> None:
+        row = f"({','.join('?' * width)})"
+        self._texts = {size: f"{head} VALUES {','.join([row] * size)} {tail}" for size in self.SIZES}
+
+    def __call__(self, connection: sqlite3.Connection, rows: Sequence[Row]) -> None:
+        start = 0
+        for size, sql in self._texts.items():
+            while len(rows) - start >= size:
+                connection.execute(sql, list(chain.from_iterable(rows[start : start + size])))
+                start += size
+
+
+INSERT_HOLDS: Final = Insert("INSERT OR REPLACE INTO holds (id, expires_at, expired, facts)", 4)
+INSERT_ENTRIES: Final = Insert("INSERT INTO entries (hold, kind, at, amount, day, scopes, price)", 7)
+INSERT_USAGE: Final = Insert(f"INSERT INTO usage ({USAGE_COLUMNS})", USAGE_WIDTH)
+INSERT_CREDITS: Final = Insert("INSERT INTO credits (id, scope, amount, created_at, expires_at, actor, note)", 7)
+INSERT_CAPS: Final = Insert("INSERT OR REPLACE INTO caps (scope, day, month, total)", 4)
+CHANGE_BALANCES: Final = Insert(
+    "INSERT INTO balances (scope, period, spent, held, open)",
+    5,
+    "ON CONFLICT (scope, period) DO UPDATE SET spent = spent + excluded.spent, held = held + excluded.held, open = open + excluded.open",
+)
