@@ -18,6 +18,7 @@ import anyio
 from anyio.abc import TaskGroup
 from anyio.lowlevel import current_token
 
+from .drains import Drains
 from .errors import NoProviderAvailable
 from .wakeup import Latch
 
@@ -26,17 +27,18 @@ Work = Callable[["Job[T]"], Awaitable[T]]
 
 
 class Job(Generic[T]):
-    """One piece of owned work. `abandon` tells it that nobody waits any more and gives it a deadline to come to its end; `limit` is the
-    most seconds that it may take in any case."""
+    """One piece of owned work, for `limit` seconds at the most. `abandoned`: it is given a deadline to come to its end. `awaited` tells
+    whether others than its caller wait for what it brings; then it goes on though that one leaves."""
 
-    def __init__(self, work: Work[T], grace: float, limit: float) -> None:
+    def __init__(self, work: Work[T], drains: Drains, limit: float) -> None:
         self._work = work
-        self._grace = grace
+        self._drains = drains
         self._scope = anyio.CancelScope(deadline=anyio.current_time() + limit, shield=True)
         self._done = Latch()
         self._value: T
         self._error: BaseException | None = None
         self.abandoned = False
+        self.awaited: Callable[[], bool] = nobody
 
     async def run(self) -> None:
         try:
@@ -51,12 +53,20 @@ class Job(Generic[T]):
             self._error.__cause__ = error
             raise
         finally:
-            self._done.set()
+            self.ended()
 
     def abandon(self) -> None:
-        """Nobody waits for the result. What has begun is ended within the grace."""
+        """Its caller has left. What has begun is ended within the grace that there is for it."""
+        if not (self.abandoned or self.awaited()):
+            self._end_within(self._drains.grace(self))
+
+    def shut_down(self) -> None:
+        """The gateway stops. Who still reads an answer has as long for it as a drain."""
+        self._end_within(self._drains.seconds)
+
+    def _end_within(self, seconds: float) -> None:
         self.abandoned = True
-        self._scope.deadline = min(self._scope.deadline, anyio.current_time() + self._grace)
+        self._scope.deadline = min(self._scope.deadline, anyio.current_time() + seconds)
 
     def critical(self, seconds: float) -> anyio.CancelScope:
         """A scope for what has to be known to have happened or not: within, being abandoned cancels nothing, and it ends after `seconds`
@@ -65,6 +75,8 @@ class Job(Generic[T]):
 
     def ended(self) -> None:
         """The job's task is over, whether it ever ran or not."""
+        if self.abandoned:
+            self._drains.ended(self)
         self._done.set()
 
     @property
@@ -81,6 +93,10 @@ class Job(Generic[T]):
         return self._value
 
 
+def nobody() -> bool:
+    return False
+
+
 def shut_down() -> NoProviderAvailable:
     return NoProviderAvailable("the gateway is shutting down; the call was given up", retryable=True, retry_after=1.0)
 
@@ -95,10 +111,10 @@ class Owner:
 
 
 class Background:
-    """Starts jobs, and knows who owns them. `grace` is in seconds: how long work goes on after its caller left."""
+    """Starts jobs, and knows who owns them. `drains` says how long work goes on after its caller left."""
 
-    def __init__(self, grace: float) -> None:
-        self._grace = grace
+    def __init__(self, drains: Drains) -> None:
+        self._drains = drains
         self._owners: list[Owner] = []
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -116,7 +132,7 @@ class Background:
             self._owners.remove(owner)
             with anyio.CancelScope(shield=True):
                 for job in [*owner.jobs]:
-                    job.abandon()
+                    job.shut_down()
                 for job in [*owner.jobs]:
                     await job.finished()
         if left is not None:
@@ -141,7 +157,7 @@ class Background:
     def start(self, work: Work[T], limit: float = math.inf) -> AbstractAsyncContextManager[Job[T]]:
         """Runs `work` beside the block, for `limit` seconds at most. When the block is left before the work is done, the job is
         abandoned; without an owner, leaving waits for it."""
-        job = Job(work, self._grace, limit)
+        job = Job(work, self._drains, limit)
         owner = self._owner()
         if _on_asyncio():
             return InTask(job, owner, self._tasks)

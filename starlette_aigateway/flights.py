@@ -9,11 +9,24 @@ from .wakeup import Latch
 
 
 class Flight:
-    """A call in the air. `done` is what it brought, once `landed` is set; None if it failed or may not be shared."""
+    """A call in the air. `done` is what it brought, once `landed` is set; None if it failed or may not be shared. `waiting` counts those
+    who wait for it beside its own caller."""
 
-    def __init__(self) -> None:
+    def __init__(self, key: tuple[int, str]) -> None:
+        self.key = key
         self.landed = Latch()
         self.done: Done | None = None
+        self.waiting = 0
+
+    def awaited(self) -> bool:
+        return self.waiting > 0
+
+    async def wait(self) -> None:
+        self.waiting += 1
+        try:
+            await self.landed.wait()
+        finally:
+            self.waiting -= 1
 
 
 class Flights:
@@ -26,11 +39,12 @@ class Flights:
         return self._flights.get((_loop(), key))
 
     def take_off(self, key: str) -> Flight:
-        flight = self._flights[_loop(), key] = Flight()
+        flight = Flight((_loop(), key))
+        self._flights[flight.key] = flight
         return flight
 
-    def land(self, key: str, done: Done | None) -> None:
-        flight = self._flights.pop((_loop(), key))
+    def land(self, flight: Flight, done: Done | None) -> None:
+        del self._flights[flight.key]
         flight.done = done
         flight.landed.set()
 

@@ -24,6 +24,7 @@ from .administration import Administration
 from .background import Background
 from .cache import DiskResponseCache
 from .caller import Caller
+from .drains import MAX_DRAIN_BYTES, MAX_DRAINS, Drains, OnDisconnect
 from .entropy import Pool
 from .errors import ConfigurationError, InvalidArgument
 from .http.app import HTTPApp
@@ -32,6 +33,7 @@ from .idempotency import Idempotency
 from .lifecycle import Lifecycle
 from .limiter import Limiter
 from .observing import Observers
+from .outbox import Outbox
 from .pipeline import Pipeline
 from .policy import keys as key_policy
 from .policy.caching import CachePolicy
@@ -80,6 +82,11 @@ class AIGateway(Administration):
     lower it down to `min_output_tokens`. `allow_unbounded` names parameters whose cost has no bound and that principals under a cap may
     use all the same.
 
+    When a caller leaves before its answer is whole, `on_disconnect="drain"` reads the rest of it, so that the bill is exact: a stream for
+    `Timeouts.drain` seconds and `max_drain_bytes` at the most, and at most `max_drains` answers at a time in this process; the newest gives
+    way. Beyond that, and with `"cancel"` at once, the upstream is closed and the conservative estimate is booked: the bound of the input
+    and the output that came (`estimated`), or the full hold where nothing came or a whole answer was asked for (`ambiguous`).
+
     Constructing opens nothing and creates nothing. Raises `ConfigurationError` and `InvalidArgument`, naming the argument.
     """
 
@@ -112,6 +119,9 @@ class AIGateway(Administration):
         allow_unbounded: Iterable[str] = (),
         limiter_fail_open: bool = False,
         max_body_bytes: int = MAX_BODY_BYTES,
+        on_disconnect: OnDisconnect = "drain",
+        max_drain_bytes: int = MAX_DRAIN_BYTES,
+        max_drains: int = MAX_DRAINS,
         name: str = "default",
         clock: Clock = time.time,
         random: Callable[[int], bytes] = os.urandom,
@@ -142,9 +152,12 @@ class AIGateway(Administration):
         self._observers = Observers(observers)
         self._ids = Pool(random)
         self._public_prices = PublicPrices(clock=clock) if public_prices else None
-        self._background = Background(timeouts.drain)
+        self._background = Background(
+            Drains(timeouts.drain, on_disconnect=_on_disconnect(on_disconnect), at_most=_positive(max_drains, "max_drains") or MAX_DRAINS)
+        )
+        self._outbox = Outbox(self._ledger_store, clock, self._observers.emit, patience=2 * timeouts.storage)
         self._entered: dict[int, list[AbstractAsyncContextManager[None]]] = {}
-        self._lifecycle = Lifecycle(self._start, self._background, self._observers)
+        self._lifecycle = Lifecycle(self._start, self._background, self._outbox, self._observers, settle=timeouts.settle)
         self._responses: ResponseCache = responses or embedded.responses()
         self._storage: Storage = windows or embedded.windows()
         self._idempotency: IdempotencyStore = idempotency or embedded.idempotency()
@@ -162,6 +175,8 @@ class AIGateway(Administration):
                 stored_prices=self._stored_prices,
                 prices=PriceBook(prices, self._public_prices),
                 background=self._background,
+                outbox=self._outbox,
+                max_drain_bytes=_positive(max_drain_bytes, "max_drain_bytes") or MAX_DRAIN_BYTES,
                 clock=clock,
                 random=self._ids,
                 emit=self._observers.emit,
@@ -405,6 +420,12 @@ def _limits(limits: Limits | None, name: str) -> Limits | None:
 def _positive(value: int | None, name: str) -> int | None:
     if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
         raise ConfigurationError(f"{name} must be a positive integer", param=name)
+    return value
+
+
+def _on_disconnect(value: OnDisconnect) -> OnDisconnect:
+    if value not in ("drain", "cancel"):
+        raise ConfigurationError('on_disconnect must be "drain" or "cancel"', param="on_disconnect")
     return value
 
 

@@ -16,17 +16,21 @@ from anyio.lowlevel import EventLoopToken, current_token
 
 from .background import Background
 from .observing import Observers
+from .outbox import Outbox
 
 Start: TypeAlias = Callable[[AsyncExitStack], Awaitable[None]]
 
 
 class Lifecycle:
-    """`start` opens everything and pushes onto the stack what has to be closed; it runs once per process, after fork."""
+    """`start` opens everything and pushes onto the stack what has to be closed; it runs once per process, after fork. At the end, what the
+    ledger has not taken yet is tried for `settle` seconds more."""
 
-    def __init__(self, start: Start, background: Background, observers: Observers) -> None:
+    def __init__(self, start: Start, background: Background, outbox: Outbox, observers: Observers, *, settle: float) -> None:
         self._start = start
         self._background = background
+        self._outbox = outbox
         self._observers = observers
+        self._settle = settle
         self._pid: int | None = None
         self._open = AsyncExitStack()
         self._lifespans = 0
@@ -70,6 +74,7 @@ class Lifecycle:
         try:
             async with self._background.owner() as group:
                 group.start_soon(self._observers.work)
+                group.start_soon(self._outbox.work)
                 try:
                     yield
                 finally:
@@ -78,6 +83,7 @@ class Lifecycle:
             self._lifespans -= 1
             if self._lifespans == 0:
                 with anyio.CancelScope(shield=True):
+                    await self._outbox.finish(self._settle)
                     await self._observers.flush()
                     await self._close()
 

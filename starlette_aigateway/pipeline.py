@@ -32,7 +32,8 @@ from .background import Job, Work
 from .calls import Bill, Call, Done, Offer, Served
 from .errors import AIGatewayError, ProviderTimeout
 from .events import CallRecorded, CallRefused
-from .flights import Flights
+from .flights import Flight, Flights
+from .holds import Holds
 from .idempotency import ReplayedStream, kept_hit, kept_live, kept_whole, served_again
 from .policy import caching, idempotency, keys
 from .policy.caching import CachedAnswer
@@ -51,11 +52,13 @@ class Pipeline:
         self.admission = Admission(services, self._answers)
         self._attempts = Attempts(
             ledger=services.ledger,
+            holds=Holds(services.ledger, services.outbox, services.timeouts),
             clock=services.clock,
             random=services.random,
             timeouts=services.timeouts,
             retries=services.retries,
             emit=services.emit,
+            max_drain_bytes=services.max_drain_bytes,
         )
 
     async def complete(self, principal: Principal, request: CompletionRequest, options: CallOptions, request_id: str) -> Served:
@@ -233,14 +236,14 @@ class Pipeline:
         flight = self._flights.find(key)
         if flight is not None:
             with anyio.move_on_after(call.deadline - monotonic()):
-                await flight.landed.wait()
+                await flight.wait()
             if not flight.landed.is_set:
                 raise ProviderTimeout("an identical call was waited for, and did not end in time", billed="no")
             if flight.done is not None and flight.done.completion is not None:
                 return await self._serve_joined(call, flight.done)
             return self._served(call, await self._run(call, job, lambda job: self._attempt(call, offer, job)))
-        self._flights.take_off(key)
-        return self._served(call, await self._run(call, job, lambda job: self._lead(call, offer, key, job)))
+        flight = self._flights.take_off(key)
+        return self._served(call, await self._run(call, job, lambda job: self._lead(call, offer, flight, job)))
 
     def _run(self, call: Call, job: Job[Any] | None, work: Work[Done]) -> Awaitable[Done]:
         """In `job`, where the call already has one."""
@@ -251,13 +254,14 @@ class Pipeline:
         timeouts = self._s.timeouts
         return deadline - monotonic() + timeouts.drain + timeouts.settle + 2 * timeouts.storage
 
-    async def _lead(self, call: Call, offer: Offer, key: str, job: Job[Done]) -> Done:
+    async def _lead(self, call: Call, offer: Offer, flight: Flight, job: Job[Done]) -> Done:
+        job.awaited = flight.awaited
         done: Done | None = None
         try:
             done = await self._attempt(call, offer, job)
             return done
         finally:
-            self._flights.land(key, done if done is not None and _shareable(done) else None)
+            self._flights.land(flight, done if done is not None and _shareable(done) else None)
 
     async def _attempt(self, call: Call, offer: Offer, job: Job[Done]) -> Done:
         try:

@@ -9,6 +9,7 @@ from .background import Background
 from .events import Event
 from .idempotency import Idempotency
 from .limiter import Limiter
+from .outbox import Outbox
 from .policy.caching import CachePolicy
 from .policy.pricing import PriceBook
 from .policy.routing import RetryPolicy
@@ -30,6 +31,8 @@ class Services:
     stored_prices: PriceStore
     prices: PriceBook
     background: Background
+    outbox: Outbox
+    max_drain_bytes: int
     clock: Clock
     random: Callable[[int], bytes]
     emit: Callable[[Event], None]

@@ -23,7 +23,6 @@ from .wakeup import Latch
 from .wires import openai_chat
 
 BUFFERED_ITEMS = 16
-DRAIN_BYTES = 8 * 2**20
 
 
 class Meter:

@@ -458,8 +458,9 @@ StreamItem: TypeAlias = Chunk | RawEvents
 
 class Timeouts(Struct, frozen=True, kw_only=True):
     """Seconds. `connect` to a provider; `read` is the longest silence of a provider, also before its first byte; `call` is the whole
-    call with its retries and fallbacks; `drain` is how long an answer is read on after its client left; `settle` is the deadline of
-    a shielded settlement; `storage` the longest wait for a store."""
+    call with its retries and fallbacks; `drain` is how long an answer is read on after its client left, and how long a shutdown waits for
+    answers; `settle` is how long a caller waits for its settlement while the ledger is away (it is tried on after that), and a shutdown for
+    those that are still to be written; `storage` the longest wait for a store."""
 
     connect: float = 5.0
     read: float = 120.0

@@ -4,13 +4,14 @@ import anyio
 import pytest
 
 from starlette_aigateway.background import Background, Job
+from starlette_aigateway.drains import Drains
 from starlette_aigateway.errors import NoProviderAvailable, NotFound
 
 pytestmark = pytest.mark.anyio
 
 
 async def test_a_result_and_an_error_come_back_as_they_are_with_and_without_an_owner() -> None:
-    background = Background(grace=5)
+    background = Background(Drains(5))
 
     async def fine(job: Job[int]) -> int:
         return 7
@@ -32,7 +33,7 @@ async def test_a_result_and_an_error_come_back_as_they_are_with_and_without_an_o
 
 @pytest.mark.parametrize("owned", [True, False])
 async def test_work_goes_on_when_its_caller_is_cancelled(owned: bool) -> None:
-    background = Background(grace=5)
+    background = Background(Drains(5))
     begun, go, ended = anyio.Event(), anyio.Event(), anyio.Event()
 
     async def work(job: Job[None]) -> None:
@@ -60,7 +61,7 @@ async def test_work_goes_on_when_its_caller_is_cancelled(owned: bool) -> None:
 
 @pytest.mark.parametrize("owned", [True, False])
 async def test_abandoned_work_is_cancelled_at_the_end_of_its_grace_and_may_still_settle(owned: bool) -> None:
-    background = Background(grace=0)
+    background = Background(Drains(0))
     begun, settled = anyio.Event(), anyio.Event()
 
     async def work(job: Job[None]) -> None:
@@ -86,7 +87,7 @@ async def test_abandoned_work_is_cancelled_at_the_end_of_its_grace_and_may_still
 
 
 async def test_a_block_that_raises_gives_its_own_error_not_a_group() -> None:
-    background = Background(grace=0)
+    background = Background(Drains(0))
 
     async def forever(job: Job[None]) -> None:
         await anyio.sleep_forever()
@@ -97,7 +98,7 @@ async def test_a_block_that_raises_gives_its_own_error_not_a_group() -> None:
 
 
 async def test_the_owner_waits_for_abandoned_work_at_its_end() -> None:
-    background = Background(grace=5)
+    background = Background(Drains(5))
     begun, go = anyio.Event(), anyio.Event()
     ended = False
 
@@ -117,13 +118,13 @@ async def test_the_owner_waits_for_abandoned_work_at_its_end() -> None:
 
 async def test_an_owner_whose_block_raises_gives_that_error_not_a_group() -> None:
     with pytest.raises(KeyError):
-        async with Background(grace=0).owner():
+        async with Background(Drains(0)).owner():
             raise KeyError("mine")
 
 
 @pytest.mark.parametrize("owned", [True, False])
 async def test_in_a_critical_section_abandoned_work_is_not_cancelled_and_after_it_it_is(owned: bool) -> None:
-    background = Background(grace=0)
+    background = Background(Drains(0))
     begun, go = anyio.Event(), anyio.Event()
     seen: list[str] = []
 
@@ -172,5 +173,5 @@ async def test_work_that_never_ends_is_given_up_at_its_limit() -> None:
         await anyio.sleep_forever()
 
     with anyio.fail_after(5), pytest.raises(NoProviderAvailable):
-        await Background(grace=5).run(forever, limit=0.05)
+        await Background(Drains(5)).run(forever, limit=0.05)
     assert ended, "a critical section ends at its own bound"

@@ -46,7 +46,7 @@ from starlette_aigateway.testing.clock import FakeClock
 from starlette_aigateway.testing.providers import After, Die, Hang, Say, ScriptedProvider
 from starlette_aigateway.types import CallOptions, Native, RawEvents, StreamItem
 
-from .faults.test_calls import CancelAt, FaultyLedger
+from .faults.kit import CancelAt, FaultyLedger
 from .test_pipeline import PRICE, USUAL_COST, ZERO, ask, capped, gateway_with, records, spent_and_held
 
 pytestmark = pytest.mark.anyio

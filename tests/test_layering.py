@@ -24,8 +24,8 @@ LAYERS: tuple[dict[str, set[str]], ...] = (
     },
     {
         "pipeline": {
-            "administration", "admission", "answers", "attempts", "background", "calls", "channel", "flights", "idempotency", "lifecycle",
-            "observing", "pipeline", "replay", "services", "streams",
+            "administration", "admission", "answers", "attempt", "attempts", "background", "calls", "channel", "drains", "flights", "holds",
+            "idempotency", "lifecycle", "observing", "outbox", "pipeline", "replay", "services", "streams",
         }
     },
     {"http": {"http"}},

@@ -6,6 +6,7 @@ from ..accounts import Hold, Outcome, Settlement
 from ..errors import ProviderError
 from ..types import Price, Usage
 from . import pricing
+from .budgets import MAX_AMOUNT
 
 MAX_TOKENS = 10**9
 """No answer has more; whoever reports more reports nonsense."""
@@ -62,3 +63,9 @@ def plausible(usage: Usage | None) -> Usage | None:
     if usage is None or not (0 <= usage.input_tokens <= MAX_TOKENS and 0 <= usage.output_tokens <= MAX_TOKENS):
         return None
     return usage
+
+
+def storable(settlement: Settlement) -> Settlement:
+    """What is booked where a ledger refuses to store what a provider said of itself: the outcome, and the most that can be booked of the
+    amount."""
+    return Settlement(outcome=settlement.outcome, amount=min(settlement.amount, MAX_AMOUNT))

@@ -4,7 +4,6 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Sequence
 from decimal import Decimal
-from pathlib import Path
 from typing import Any
 
 import anyio
@@ -18,7 +17,6 @@ from starlette_aigateway import (
     CompletionRequest,
     Limits,
     NoProviderAvailable,
-    Price,
     PriceUnknown,
     Principal,
     ProviderError,
@@ -26,79 +24,16 @@ from starlette_aigateway import (
     SpendCapExceeded,
     StorageUnavailable,
     Timeouts,
-    UsageRecord,
 )
-from starlette_aigateway.accounts import Hold, HoldRequest, Settlement
+from starlette_aigateway.accounts import Hold, HoldRequest
 from starlette_aigateway.errors import InvalidArgument
-from starlette_aigateway.stores.sqlite.ledger import SQLiteLedger
 from starlette_aigateway.testing.providers import After, Die, Hang, Say, ScriptedProvider
 from starlette_aigateway.types import Native
 from starlette_aigateway.wires import openai_chat
 
+from .kit import PRICES, WHO, FaultyLedger, ask, gateway_over, outcomes, read, until_booked
+
 pytestmark = pytest.mark.anyio
-
-PRICES = {"m": Price("1000", "2000")}
-WHO = Principal("user", hard_cap_usd="100")
-QUICK = Timeouts(drain=0.05, settle=0.3, storage=0.05)
-
-
-def ask(text: str = "hello", **fields: Any) -> CompletionRequest:
-    return CompletionRequest(model="m", messages=[{"role": "user", "content": text}], **fields)
-
-
-class FaultyLedger(SQLiteLedger):
-    """The real one, with verbs that fail or hang as often as a test says."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(path, durability="OFF")
-        self.failing: dict[str, int] = {}
-        self.hanging: set[str] = set()
-        self.asked: list[str] = []
-
-    async def _fault(self, verb: str) -> None:
-        self.asked.append(verb)
-        if verb in self.hanging:
-            await anyio.sleep_forever()
-        if self.failing.get(verb, 0) > 0:
-            self.failing[verb] -= 1
-            raise StorageUnavailable("away")
-
-    async def reserve(self, request: HoldRequest, *, now: float) -> Hold:
-        await self._fault("reserve")
-        return await super().reserve(request, now=now)
-
-    async def settle(self, hold_id: str, settlement: Settlement, *, now: float) -> UsageRecord | None:
-        await self._fault("settle")
-        return await super().settle(hold_id, settlement, now=now)
-
-    async def release(self, hold_id: str, *, now: float, latency_ms: int | None = None) -> None:
-        await self._fault("release")
-        await super().release(hold_id, now=now, latency_ms=latency_ms)
-
-    async def renew(self, hold_id: str, expires_at: float, *, now: float) -> bool:
-        await self._fault("renew")
-        return await super().renew(hold_id, expires_at, now=now)
-
-
-@pytest.fixture
-async def ledger(tmp_path: Path) -> AsyncIterator[FaultyLedger]:
-    async with FaultyLedger(tmp_path / "ledger.db") as ledger:
-        yield ledger
-
-
-def gateway_over(ledger: FaultyLedger, *providers: object, timeouts: Timeouts = QUICK) -> AIGateway:
-    return AIGateway.in_memory(providers=providers, prices=PRICES, ledger=ledger, timeouts=timeouts, retries=RetryPolicy(rounds=1))
-
-
-async def outcomes(gateway: AIGateway) -> Sequence[str]:
-    return [record.outcome for record in reversed((await gateway.usage()).data)]
-
-
-async def until_booked(gateway: AIGateway, count: int = 1) -> None:
-    with anyio.fail_after(10):
-        while len((await gateway.usage()).data) < count:
-            await anyio.sleep(0.005)
-
 
 # -- a ledger that is away ---------------------------------------------------------------------------------------------
 
@@ -118,18 +53,6 @@ async def test_a_ledger_that_cannot_hold_lets_nothing_through(ledger: FaultyLedg
         with pytest.raises(StorageUnavailable):
             await gateway.complete(WHO, ask())
         assert provider.calls == []
-
-
-async def test_an_answer_whose_settlement_cannot_be_written_is_still_given_and_its_lease_books_it(ledger: FaultyLedger) -> None:
-    async with gateway_over(ledger, ScriptedProvider("hi")) as gateway:
-        ledger.failing = {"settle": 1000}
-        answer = await gateway.complete(WHO, ask())
-        assert answer.message["content"] == "hi"
-        assert answer.cost_usd > 0
-        (held,) = [budget.held for budget in await gateway.budgets(WHO) if budget.window == "total"]
-        assert held > 0
-        assert [record.outcome for record in await ledger.expire(now=4e9)] == ["expired"]
-        assert await gateway.check_ledger() == []
 
 
 async def test_a_ledger_that_never_answers_ends_the_call_at_its_limit(ledger: FaultyLedger) -> None:
@@ -156,15 +79,6 @@ async def test_a_hold_that_was_to_be_replaced_is_released_when_the_next_one_cann
         assert await outcomes(gateway) == ["released"]
 
 
-async def test_a_release_that_cannot_be_written_is_left_to_its_lease(ledger: FaultyLedger) -> None:
-    error = ProviderError("down", billed="no", status=500)
-    async with gateway_over(ledger, ScriptedProvider(error)) as gateway:
-        ledger.failing = {"release": 1000}
-        with pytest.raises(ProviderError, match="down"):
-            await gateway.complete(WHO, ask())
-        assert await outcomes(gateway) == []
-
-
 # -- leases ------------------------------------------------------------------------------------------------------------
 
 
@@ -189,7 +103,7 @@ class Ticking:
 async def test_the_lease_of_a_running_stream_is_renewed_also_when_the_ledger_is_away_once(
     ledger: FaultyLedger, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("starlette_aigateway.attempts._lease", lambda *_: 0.0)
+    monkeypatch.setattr("starlette_aigateway.attempts.lease", lambda *_: 0.0)
     async with gateway_over(ledger, Ticking(5)) as gateway:
         ledger.failing = {"renew": 1}
         async with gateway.stream(WHO, ask()) as stream:
@@ -215,9 +129,8 @@ async def test_a_reader_that_leaves_a_full_buffer_does_not_hold_the_bill_back(le
         assert await outcomes(gateway) == ["estimated"]
 
 
-async def test_a_drain_ends_at_its_bound_of_bytes(ledger: FaultyLedger, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("starlette_aigateway.attempts.DRAIN_BYTES", 100)
-    gateway = AIGateway.in_memory(providers=[Ticking(10_000)], prices=PRICES, ledger=ledger, timeouts=QUICK)
+async def test_a_drain_ends_at_its_bound_of_bytes(ledger: FaultyLedger) -> None:
+    gateway = gateway_over(ledger, Ticking(10_000), max_drain_bytes=100)
     async with gateway:
         async with gateway.stream(WHO, ask()) as stream:
             await anext(stream)
@@ -232,93 +145,6 @@ async def test_a_stream_without_any_content_is_an_empty_stream_and_is_booked(led
         async with gateway.stream(WHO, ask()) as stream:
             assert "".join([chunk.text async for chunk in stream]) == ""
         assert await outcomes(gateway) == ["estimated"]
-
-
-# -- cancelled at every await ------------------------------------------------------------------------------------------
-
-
-class CancelAt:
-    """Cancels its task at the n-th time that it is about to wait; a deterministic walk through every await of a call."""
-
-    def __init__(self, awaitable: Any, at: int) -> None:
-        self._iterator = awaitable.__await__()
-        self._at = at
-        self.waits = 0
-
-    def __await__(self) -> Any:
-        sent: Any = None
-        error: BaseException | None = None
-        while True:
-            try:
-                if error is not None:
-                    pending, error = error, None
-                    yielded = self._iterator.throw(pending)
-                else:
-                    yielded = self._iterator.send(sent)
-            except StopIteration as stop:
-                return stop.value
-            self.waits += 1
-            if self.waits == self._at:
-                task = asyncio.current_task()
-                assert task is not None
-                task.get_loop().call_soon(task.cancel)
-            try:
-                sent = yield yielded
-            except BaseException as thrown:  # noqa: BLE001  # handed on into the awaitable, whatever it is
-                error, sent = thrown, None
-
-
-async def _read(gateway: AIGateway, stream: bool) -> None:
-    if not stream:
-        await gateway.complete(WHO, ask())
-        return
-    async with gateway.stream(WHO, ask()) as answer:
-        async for _ in answer:
-            pass
-
-
-@pytest.mark.parametrize("anyio_backend", ["asyncio"])
-@pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("owned", [True, False])
-async def test_a_caller_cancelled_at_any_await_leaves_no_open_hold_and_one_record_at_the_most(
-    tmp_path: Path, stream: bool, owned: bool
-) -> None:
-    at = 0
-    survived = False
-    while not survived:
-        at += 1
-        assert at < 200, "the walk does not end"
-        provider = ScriptedProvider(Say("one two three"))
-        gateway = AIGateway(data_dir=tmp_path / str(at), providers=[provider], prices=PRICES)
-        lifespan = gateway.lifespan() if owned else None
-        if lifespan is not None:
-            await lifespan.__aenter__()
-        else:
-            await gateway.ready()
-        walk = CancelAt(_read(gateway, stream), at)
-
-        async def walker(walk: CancelAt = walk) -> None:
-            await walk
-
-        task = asyncio.ensure_future(walker())
-        try:
-            await task
-            survived = walk.waits < at
-        except asyncio.CancelledError:
-            pass
-        if lifespan is not None:
-            await lifespan.__aexit__(None, None, None)
-        async with gateway:
-            records = (await gateway.usage()).data
-            held = [budget.held for budget in await gateway.budgets(WHO)]
-            assert held == [0, 0, 0], f"an open hold after a cancellation at await {at}"
-            assert len(records) <= 1
-            assert len(provider.calls) <= 1
-            if provider.calls:
-                assert len(records) == 1, f"no record of a call that was made, cancelled at await {at}"
-                assert records[0].cost > 0
-            assert await gateway.check_ledger() == []
-    assert at > 3
 
 
 # -- providers that misbehave ------------------------------------------------------------------------------------------
@@ -347,7 +173,7 @@ async def test_nonsense_from_a_provider_is_its_error_and_is_booked_in_full(ledge
         with pytest.raises(ProviderError):
             await gateway.complete(WHO, ask())
         with pytest.raises(ProviderError):
-            await _read(gateway, stream=True)
+            await read(gateway, stream=True)
         assert await outcomes(gateway) == ["ambiguous", "ambiguous"]
 
 
@@ -355,7 +181,7 @@ async def test_a_stream_that_hangs_after_content_times_out_and_books_what_came_a
     provider = ScriptedProvider(Hang(after=2, text="one two three"), timeout=0.05)
     async with gateway_over(ledger, provider) as gateway:
         with pytest.raises(ProviderError):
-            await _read(gateway, stream=True)
+            await read(gateway, stream=True)
         assert await outcomes(gateway) == ["ambiguous"]
 
 
@@ -363,7 +189,7 @@ async def test_a_failure_that_charged_nothing_after_content_releases_the_hold(le
     provider = ScriptedProvider(Die(ProviderError("refused late", billed="no"), after=1, text="one two"))
     async with gateway_over(ledger, provider) as gateway:
         with pytest.raises(ProviderError, match="refused late"):
-            await _read(gateway, stream=True)
+            await read(gateway, stream=True)
         assert await outcomes(gateway) == ["released"]
 
 
@@ -381,7 +207,7 @@ async def test_a_steady_stream_outlives_a_short_timeout(ledger: FaultyLedger) ->
             yield Chunk(finish_reason="stop")
 
     async with gateway_over(ledger, Steady(8)) as gateway:
-        await _read(gateway, stream=True)
+        await read(gateway, stream=True)
         assert await outcomes(gateway) == ["estimated"]
 
 
@@ -394,7 +220,7 @@ async def test_a_reader_that_takes_nothing_is_not_blamed_on_the_provider(ledger:
             async with gateway.stream(WHO, ask()) as stream:
                 with pytest.raises(NoProviderAvailable, match="nobody read"):
                     await stalled(stream)
-        await _read(gateway, stream=True)
+        await read(gateway, stream=True)
         assert set(await outcomes(gateway)) == {"estimated"}
 
 
@@ -495,14 +321,14 @@ async def test_a_cache_of_the_host_s_own_that_fails_is_a_miss(ledger: FaultyLedg
     gateway = AIGateway.in_memory(providers=[ScriptedProvider("a", "b")], prices=PRICES, ledger=ledger, responses=Broken())
     async with gateway:
         assert (await gateway.complete(WHO, ask())).message["content"] == "a"
-        await _read(gateway, stream=True)
+        await read(gateway, stream=True)
 
 
 async def test_an_odd_tool_delta_is_the_provider_s_error(ledger: FaultyLedger) -> None:
     odd = [Chunk(delta={"tool_calls": [{"index": 0, "id": "a"}, 5]}), Chunk(finish_reason="stop")]
     async with gateway_over(ledger, Odd(chunks=odd)) as gateway:
         with pytest.raises(ProviderError):
-            await _read(gateway, stream=True)
+            await read(gateway, stream=True)
 
 
 async def test_entering_a_gateway_twice_is_leaving_it_twice(ledger: FaultyLedger) -> None:

@@ -1,0 +1,172 @@
+"""One hold and one call at one target, and what keeps it alive while it runs."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from time import monotonic
+
+import anyio
+from msgspec.structs import replace
+
+from .accounts import Hold, Settlement
+from .calls import Call, Offer, PricedTarget
+from .errors import AIGatewayError, ProviderError, ProviderTimeout, StorageUnavailable
+from .policy import estimate, metering
+from .protocols import Clock, Ledger, ProviderAnswer
+from .streams import Meter, Relay
+from .types import ProviderCall, Timeouts, Usage
+from .wakeup import was_cancelled
+
+LEASE_GRACE = 30.0
+log = logging.getLogger("starlette_aigateway")
+
+
+class ReaderLeft(Exception):  # an event, not a fault
+    """Nobody reads the stream any more: the client has left and enough of the answer was drained, or it takes nothing for too long."""
+
+
+class Attempt:
+    """One hold and one call at one target. `settlement` is how it was decided to book it: once, whatever happens then."""
+
+    def __init__(self, call: Call, offer: Offer, priced: PricedTarget, number: int, hold: Hold, timeouts: Timeouts) -> None:
+        self.call = call
+        self.offer = offer
+        self.priced = priced
+        self.number = number
+        self.hold = hold
+        self.meter: Meter | None = None
+        self.settlement: Settlement | None = None
+        self.waits_for_reader = False
+        self._timeouts = timeouts
+        self.timeout = timeout = silence(call, priced, timeouts)
+        self._begun = monotonic()
+        self._scope = anyio.CancelScope(deadline=anyio.current_time() + timeout)
+
+    @property
+    def output_bound(self) -> int | None:
+        """The output bound in tokens that is sent and that the hold pays for; None where nothing has to be bounded."""
+        return self.offer.output_bound(self.call.request, self.priced, self.hold.amount)
+
+    @property
+    def lowered_to(self) -> int | None:
+        """The bound, where the budget afforded less output than was wanted."""
+        bound = self.output_bound
+        return bound if bound is not None and not self.priced.ask.given and bound < self.priced.ask.output_wanted else None
+
+    @property
+    def latency_ms(self) -> int:
+        return round((monotonic() - self._begun) * 1000)
+
+    @property
+    def received(self) -> Usage | None:
+        """What has come of a stream, its input at the bound; None if nothing has."""
+        if self.meter is None or not self.meter.has_content:
+            return None
+        return self._estimated(self.meter.output_bytes())
+
+    def _estimated(self, output_bytes: int) -> Usage:
+        return estimate.received(output_bytes, input_tokens=self.offer.input_tokens, bound=self.output_bound, n=self.call.request.n)
+
+    @asynccontextmanager
+    async def answer(self) -> AsyncIterator[ProviderAnswer]:
+        """The provider's open answer. Whatever it does wrong comes out as a `ProviderError`."""
+        request = replace(self.call.request, model=self.priced.target.upstream, max_tokens=self.output_bound)
+        provider_call = ProviderCall(
+            request=request,
+            stream=self.call.stream,
+            timeout=self.timeout,
+            connect=self._timeouts.connect,
+            read=self._timeouts.read,
+            request_id=self.call.request_id,
+        )
+        with self._scope:
+            try:
+                async with self.priced.provider.adapter.open(provider_call) as answer:
+                    yield answer
+            except (AIGatewayError, ReaderLeft):
+                raise
+            except BaseException as error:
+                if not foreign(error):
+                    raise
+                raise ProviderError(f"{self.priced.target.provider} failed unexpectedly", billed="unknown") from error
+        if self._scope.cancelled_caught and self.waits_for_reader:
+            raise ReaderLeft
+        if self._scope.cancelled_caught:
+            raise ProviderTimeout(f"{self.priced.target.provider} did not answer within {self.timeout:g} seconds", billed="unknown")
+
+    def heard(self, now: float) -> None:
+        """The provider sent something: its next silence may last as long again, within the call's own deadline."""
+        self._scope.deadline = anyio.current_time() + min(self.timeout, self.call.deadline - now)
+
+    def whole(self, usage: Usage | None, output_bytes: Callable[[], int], model: str | None) -> Settlement:
+        """For an answer that came whole, with the `usage` that was reported, if one was."""
+        return metering.completed(
+            self.hold,
+            self.priced.price,
+            usage if usage is not None else self._estimated(output_bytes()),
+            bounded=self.output_bound is not None,
+            reported=usage is not None,
+            model=model,
+            latency_ms=self.latency_ms,
+        )
+
+
+class Pulse:
+    """Keeps a running stream alive: its lease, renewed when a third of it has passed, and the deadline of its silence. Looked at for
+    every chunk, so it does something once a second at the most."""
+
+    def __init__(self, ledger: Ledger, clock: Clock, attempt: Attempt, length: float) -> None:
+        self._ledger = ledger
+        self._clock = clock
+        self._attempt = attempt
+        self._length = length
+        self.interval = min(1.0, length / 3, attempt.timeout / 4)
+        self._beat = self._renewed = monotonic()
+
+    @property
+    def due(self) -> bool:
+        return monotonic() - self._beat >= self.interval
+
+    async def beat(self) -> None:
+        self._beat = now = monotonic()
+        self._attempt.heard(now)
+        if now - self._renewed >= self._length / 3:
+            self._renewed = now
+            await self._renew()
+
+    async def _renew(self) -> None:
+        now = self._clock()
+        try:
+            await self._ledger.renew(self._attempt.hold.id, now + self._length, now=now)
+        except StorageUnavailable:
+            log.warning("the lease of a running stream could not be renewed; it is tried again")
+
+    async def wait_for(self, relay: Relay) -> None:
+        """Until a slow reader has taken something, or has left: that is no silence of the provider's."""
+        self._attempt.waits_for_reader = True
+        while relay.channel.full and not relay.left:
+            with anyio.move_on_after(max(self.interval, 0.001)):
+                await relay.channel.room()
+            await self.beat()
+        self._attempt.waits_for_reader = False
+
+
+def foreign(error: BaseException) -> bool:
+    """Whether an exception out of a provider's code is its own failure, also a cancellation that nobody asked this task for; any of
+    those means that the request was sent and nothing is known."""
+    if isinstance(error, anyio.get_cancelled_exc_class()):
+        return not was_cancelled()
+    return not isinstance(error, KeyboardInterrupt | SystemExit)
+
+
+def silence(call: Call, priced: PricedTarget, timeouts: Timeouts) -> float:
+    """Seconds without a sign of the provider, within the call's deadline."""
+    return max(0.001, min(priced.provider.timeout or timeouts.read, call.deadline - monotonic()))
+
+
+def lease(call: Call, priced: PricedTarget, timeouts: Timeouts) -> float:
+    """Seconds. A stream renews its lease whenever a third has passed and something came, so the longest silence has to fit in the rest."""
+    longest = silence(call, priced, timeouts)
+    return 2 * longest + LEASE_GRACE if call.stream else longest + LEASE_GRACE
