@@ -31,6 +31,7 @@ from .middleware import AIGatewayMiddleware
 from .policy.caching import CachePolicy
 from .policy.idempotency import IdempotencyPolicy
 from .policy.routing import RetryPolicy
+from .quotes import Quote, QuotedTarget
 from .streams import AnswerStream
 from .types import (
     Answer,
@@ -86,6 +87,8 @@ __all__ = [
     "ProviderError",
     "ProviderRejected",
     "ProviderTimeout",
+    "Quote",
+    "QuotedTarget",
     "RateLimitExceeded",
     "RequestError",
     "RetryPolicy",

@@ -12,6 +12,7 @@ from .accounts import Budget, UsageReport
 from .administration import Administration
 from .http.sse import stream_response
 from .pipeline import Pipeline
+from .quotes import Quote
 from .streams import AnswerStream
 from .types import Answer, CacheControl, CallOptions, CompletionRequest, Message, Principal, PromptRef
 
@@ -111,6 +112,31 @@ class Caller:
             cache=cache or CacheControl(), idempotency_key=idempotency_key, timeout=timeout, tags=tags if tags is not None else {}
         )
         return stream_response(self._pipeline, principal, request, options, self._mint_request_id(), wire=format)
+
+    async def quote(
+        self,
+        *,
+        model: str = "",
+        messages: Sequence[Message] = (),
+        prompt: PromptRef | Mapping[str, Any] | None = None,
+        temperature: float | None = None,
+        max_tokens: int | None = None,
+        stream: bool = False,
+        idempotency_key: str | None = None,
+        timeout: float | None = None,
+        tags: Mapping[str, str] | None = None,
+        cache: CacheControl | None = None,
+        **parameters: Any,
+    ) -> Quote:
+        """What this call would cost and which limit would refuse it now, as `AIGateway.quote` tells it: nothing is taken, held or
+        booked, and no provider is asked."""
+        principal = await self.principal()
+        await self._administration.ready()
+        request = _request(model, messages, prompt, temperature, max_tokens, parameters)
+        options = CallOptions(
+            cache=cache or CacheControl(), idempotency_key=idempotency_key, timeout=timeout, tags=tags if tags is not None else {}
+        )
+        return await self._pipeline.quotes.quote(principal, request, options, stream=stream)
 
     async def budgets(self) -> Sequence[Budget]:
         """Day, month and lifetime of this principal and of its tenant."""

@@ -44,6 +44,7 @@ from .policy.routing import RetryPolicy
 from .protocols import Clock, IdempotencyStore, KeyStore, Ledger, Observer, PriceStore, PromptStore, ResponseCache, TenantStore
 from .providers.simple import RegisteredProvider, adapt
 from .public_prices import PublicPrices
+from .quotes import Quote
 from .services import Services
 from .stores.sqlite.config import ConfigDatabase
 from .stores.sqlite.connection import prepare_directory
@@ -314,6 +315,25 @@ class AIGateway(Administration):
                 yield stream
         finally:
             await self._tell()
+
+    async def quote(
+        self,
+        who: Principal | str,
+        request: CompletionRequest,
+        *,
+        stream: bool = False,
+        idempotency_key: str | None = None,
+        timeout: float | None = None,
+        tags: Mapping[str, str] | None = None,
+        cache: CacheControl | None = None,
+    ) -> Quote:
+        """What this call would cost at the most, which targets it would be tried at, what remains, whether it would be answered from the
+        cache, and which limit would refuse it now. It takes, holds and books nothing, claims no idempotency key and asks no provider.
+        Takes the arguments of `complete`, and raises as it does for what is no limit: a malformed call, a model that is unknown or not
+        allowed, a store that cannot be reached."""
+        options = _options(idempotency_key, timeout, tags, cache)
+        principal = await self._principal(who)
+        return await self._pipeline.quotes.quote(principal, request, options, stream=stream)
 
     async def _principal(self, who: Principal | str) -> Principal:
         if isinstance(who, Principal):

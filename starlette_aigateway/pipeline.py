@@ -38,6 +38,7 @@ from .idempotency import ReplayedStream, kept_hit, kept_live, kept_whole, served
 from .policy import caching, idempotency, keys
 from .policy.caching import CachedAnswer
 from .policy.idempotency import KeptAnswer, Outcome
+from .quotes import Quotes
 from .services import Services
 from .streams import AnswerStream, LiveStream, Relay, StoredStream
 from .types import CallOptions, CompletionRequest, Principal, Usage
@@ -50,6 +51,7 @@ class Pipeline:
         self._flights = Flights()
         self._answers = Answers(services.responses, services.cache, services.clock)
         self.admission = Admission(services, self._answers)
+        self.quotes = Quotes(services, self.admission)
         self._attempts = Attempts(
             ledger=services.ledger,
             holds=Holds(services.ledger, services.outbox, services.timeouts),

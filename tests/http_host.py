@@ -104,6 +104,7 @@ def furnish(service: Service) -> dict[str, str]:
 EXAMPLES: dict[tuple[str, str], Example] = {
     ("POST", "/complete"): Example(body={"model": "echo", "messages": MESSAGES}),
     ("POST", "/v1/chat/completions"): Example(body={"model": "echo", "messages": MESSAGES}),
+    ("POST", "/quote"): Example(body={"model": "echo", "messages": MESSAGES, "max_completion_tokens": 9, "n": 2, "stream": True}),
     ("GET", "/v1/models"): Example(),
     ("GET", "/v1/models/{id:path}"): Example("/v1/models/meta/llama"),
     ("GET", "/me"): Example(),

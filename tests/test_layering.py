@@ -25,7 +25,7 @@ LAYERS: tuple[dict[str, set[str]], ...] = (
     {
         "pipeline": {
             "administration", "admission", "answers", "attempt", "attempts", "background", "calls", "channel", "drains", "flights", "holds",
-            "idempotency", "lifecycle", "observing", "outbox", "pipeline", "replay", "services", "streams",
+            "idempotency", "lifecycle", "observing", "outbox", "pipeline", "quotes", "replay", "services", "streams",
         }
     },
     {"http": {"http"}},

@@ -1,4 +1,4 @@
-"""The routes that cost money: `/complete` in our own dialect, `/v1/chat/completions` in OpenAI's."""
+"""The routes that cost money: `/complete` in our own dialect, `/v1/chat/completions` in OpenAI's; and `/quote`, which tells the price."""
 
 from __future__ import annotations
 
@@ -49,6 +49,15 @@ async def chat_completions(exchange: Exchange) -> Response:
     else:
         body = openai_chat.encode_completion(served.answer, created=served.created)
     return Response(body, 200, served_headers(exchange, served), "application/json")
+
+
+async def quote(exchange: Exchange) -> Response:
+    """The body of either route, streamed or not; answers what the call would cost and which limit would refuse it. Makes no call."""
+    call = openai_chat.decode_request(await exchange.json())
+    options = call_options(exchange, "/quote")
+    return exchange.answer(
+        shapes.quote(await exchange.pipeline.quotes.quote(exchange.principal, call.request, options, stream=call.stream))
+    )
 
 
 def call_options(exchange: Exchange, route: str) -> CallOptions:

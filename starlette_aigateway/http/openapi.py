@@ -188,7 +188,8 @@ def _parameters(route: Route) -> Iterator[Schema]:
     for name in route.query:
         text, schema = PARAMETERS[name]
         yield {"name": name, "in": "query", "description": text, "schema": schema}
-    for name, (text, schema) in CALL_PARAMETERS.items() if route.metered else ():
+    for name in CALL_PARAMETERS if route.metered else route.headers:
+        text, schema = CALL_PARAMETERS[name]
         yield {"name": name, "in": "header", "description": text, "schema": schema}
 
 

@@ -22,7 +22,7 @@ class Route(Struct, frozen=True):
     `path` may hold `{name}` segments; a last `{name:path}` takes the rest of the path, slashes included. `guard` is checked before the
     body is read. `body` and `answer` name schemas in `schemas.py`, `query` parameters there; `status` is that of a success. `errors` are
     the statuses that it refuses with, besides those that come with its guard and with having a body. `csv`: it can also answer as CSV.
-    `metered`: its answers carry the headers of a call, and may be server-sent events.
+    `metered`: its answers carry the headers of a call, and may be server-sent events. `headers` are those of a call that it reads as well.
     """
 
     method: str
@@ -37,6 +37,7 @@ class Route(Struct, frozen=True):
     errors: tuple[int, ...] = ()
     metered: bool = False
     csv: bool = False
+    headers: tuple[str, ...] = ()
 
 
 class Match(Struct, frozen=True):

@@ -27,6 +27,10 @@ ROUTES: tuple[Route, ...] = (
         "POST", "/v1/chat/completions", "caller", calls.chat_completions, "A completion on the OpenAI Chat Completions wire",
         body="ChatCompletionRequest", answer="ChatCompletion", errors=CALL_ERRORS, metered=True,
     ),
+    Route(
+        "POST", "/quote", "caller", calls.quote, "What a call would cost, and what would refuse it; it is not made",
+        body="ChatCompletionRequest", answer="Quote", errors=(403, 404, 422), headers=("cache-control",),
+    ),
     Route("GET", "/v1/models", "caller", models.list_models, "The models that the caller may use", answer="ModelList"),
     Route("GET", "/v1/models/{id:path}", "caller", models.get_model, "One of these models", answer="Model", errors=(404,)),
     Route("GET", "/me", "caller", me.me, "The caller's own limits, windows and budgets", answer="Me", errors=(400,)),

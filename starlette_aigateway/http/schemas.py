@@ -120,8 +120,56 @@ def _calls() -> dict[str, Schema]:
             "description": "As the provider sent it where it speaks this wire, else built in its shape",
         },
         "Usage": closed(dict.fromkeys(TOKEN_FIELDS, COUNT)),
+        **_quotes(),
         "Model": closed({"id": TEXT, "object": {"const": "model"}, "created": COUNT, "owned_by": TEXT}),
         "ModelList": closed({"object": {"const": "list"}, "data": array(ref("Model"))}),
+    }
+
+
+def _quotes() -> dict[str, Schema]:
+    amount = maybe(USD)
+    bounded = {**TRUTH, "description": "false where the call could cost more than `worst_case_usd`"}
+    target: dict[str, Schema] = {
+        "provider": TEXT,
+        "model": {**TEXT, "description": "as the provider names it"},
+        "price": maybe(ref("Price")),
+        "input_tokens": {**COUNT, "description": "the upper bound of the input"},
+        "max_tokens": {**maybe(COUNT), "description": "the output bound in each choice that would be sent; null where none would be"},
+        "imposed": {**TRUTH, "description": "the gateway chose `max_tokens`, as far as the budget affords it now"},
+        "minimum_usd": amount,
+        "worst_case_usd": amount,
+        "bounded": bounded,
+    }
+    refusal: dict[str, Schema] = {
+        "status": COUNT,
+        "type": TEXT,
+        "code": TEXT,
+        "message": TEXT,
+        "param": maybe(TEXT),
+        "scope": maybe({"enum": ["principal", "tenant", "gateway"]}),
+        "window": maybe({"enum": ["requests", "tokens", "parallel", "day", "month", "total"]}),
+        "retry_after_seconds": maybe({"type": "number", "minimum": 0}),
+        "details": maybe(ANYTHING),
+    }
+    quote: dict[str, Schema] = {
+        "model": TEXT,
+        "prompt": maybe({**TEXT, "description": "name@version"}),
+        "cached": {**TRUTH, "description": "the answer would come from the cache, at no cost"},
+        "required_usd": {**amount, "description": "what has to fit below every cap; null where it is not known"},
+        "worst_case_usd": {
+            **amount,
+            "description": "the most that one attempt at any of the targets would hold; null where it is not known",
+        },
+        "bounded": bounded,
+        "targets": array(ref("QuotedTarget")),
+        "windows": array(ref("Window")),
+        "budgets": array(ref("Budget")),
+        "would_refuse": maybe(ref("WouldRefuse")),
+    }
+    return {
+        "Quote": closed(quote),
+        "QuotedTarget": {**closed(target), "description": "A planned target, in the order in which they would be tried"},
+        "WouldRefuse": {**closed(refusal), "description": "The answer that the call would get from the first limit that refuses it now"},
     }
 
 

@@ -7,8 +7,10 @@ from typing import Any
 
 from .. import money
 from ..accounts import Budget, StoredPrompt, UsageRecord, UsageReport, UsageTotals
+from ..errors import AIGatewayError
 from ..policy.prompts import variables
 from ..prices import Price, price_texts
+from ..quotes import Quote, QuotedTarget
 from ..streams import AnswerStream
 from ..types import (
     CAP_NAMES,
@@ -23,6 +25,7 @@ from ..types import (
     rfc3339,
     utc,
 )
+from .errors import status_of
 
 TOKEN_FIELDS = (
     "input_tokens", "output_tokens", "cache_read_input_tokens", "cache_creation_input_tokens", "cache_creation_1h_input_tokens",
@@ -99,6 +102,53 @@ def window(state: WindowState) -> dict[str, Any]:
         "seconds": claim.seconds,
         "remaining": state.remaining,
         "reset_after_seconds": state.reset_after,
+    }
+
+
+def quote(value: Quote) -> dict[str, Any]:
+    refusal = value.would_refuse
+    return {
+        "model": value.model,
+        "prompt": value.prompt,
+        "cached": value.cached,
+        "required_usd": money.text(value.required_usd),
+        "worst_case_usd": money.text(value.worst_case_usd),
+        "bounded": value.bounded,
+        "targets": [quoted_target(target) for target in value.targets],
+        "windows": [window(state) for state in value.windows],
+        "budgets": [budget(one) for one in value.budgets],
+        "would_refuse": None if refusal is None else would_refuse(refusal),
+    }
+
+
+def quoted_target(value: QuotedTarget) -> dict[str, Any]:
+    return {
+        "provider": value.provider,
+        "model": value.model,
+        "price": price(value.price),
+        "input_tokens": value.input_tokens,
+        "max_tokens": value.max_tokens,
+        "imposed": value.imposed,
+        "minimum_usd": money.text(value.minimum_usd),
+        "worst_case_usd": money.text(value.worst_case_usd),
+        "bounded": value.bounded,
+    }
+
+
+def would_refuse(error: AIGatewayError) -> dict[str, Any]:
+    """The status and the error of the answer that the call would get, and its `retry-after` in seconds."""
+    status, kind = status_of(error)
+    facts = error.details or {}
+    return {
+        "status": status,
+        "type": kind,
+        "code": error.code,
+        "message": error.message,
+        "param": error.param,
+        "scope": facts.get("scope"),
+        "window": facts.get("window"),
+        "retry_after_seconds": error.retry_after,
+        "details": error.details,
     }
 
 
