@@ -17,7 +17,7 @@ from ..types import Message
 Block: TypeAlias = dict[str, Any]
 
 IMAGE_TYPES = frozenset({"image/jpeg", "image/png", "image/gif", "image/webp"})
-FIVE_MINUTES: tuple[Mapping[str, str], ...] = ({"type": "ephemeral"}, {"type": "ephemeral", "ttl": "5m"})
+CACHE_MARKS: tuple[Mapping[str, str], ...] = tuple({"type": "ephemeral", **ttl} for ttl in ({}, {"ttl": "5m"}, {"ttl": "1h"}))
 _object_decoder = msgspec.json.Decoder(dict[str, Raw])
 
 
@@ -63,13 +63,13 @@ def converse(messages: Sequence[Message]) -> Conversation:
 
 
 def cache_mark(holder: Mapping[str, Any], param: str) -> Block:
-    """The `cache_control` of `holder`, to be merged into its block. An hour's stay is refused: it costs twice the input, a write for
-    five minutes 1.25 times, and a `Price` has one rate for both (https://platform.claude.com/docs/en/build-with-claude/prompt-caching)."""
+    """The `cache_control` of `holder`, to be merged into its block: a write for five minutes or for an hour, each of which has a rate in
+    a `Price` (https://platform.claude.com/docs/en/build-with-claude/prompt-caching)."""
     mark = holder.get("cache_control")
     if mark is None:
         return {}
-    if mark not in FIVE_MINUTES:
-        raise refusal(f"{param}cache_control", "must be {'type': 'ephemeral'}: writes for five minutes are the ones that have a price here")
+    if mark not in CACHE_MARKS:
+        raise refusal(f"{param}cache_control", "must be {'type': 'ephemeral'}, with a ttl of '5m' or '1h' if any")
     return {"cache_control": mark}
 
 
