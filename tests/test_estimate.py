@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
+from unicodedata import normalize
 
 import pytest
 from hypothesis import given
@@ -58,12 +59,18 @@ def test_tools_functions_and_what_the_wire_adds_count() -> None:
     assert estimate.input_bound(request("hi"), extra=1000) == plain + 1000
 
 
-def test_a_known_size_is_not_measured_again() -> None:
-    asked = request("hello")
-    known = estimate.size(asked)
-    assert estimate.input_bound(asked, known_size=known) == estimate.input_bound(asked)
-    assert estimate.input_bound(asked, known_size=known + 5) == estimate.input_bound(asked) + 5
-    assert estimate.tokens_for_window(asked, None, known_size=400) == 100
+@pytest.mark.parametrize("form", ["NFC", "NFD", "NFKC"])
+@pytest.mark.parametrize("character", ["\ufdfa", "\U0001d160", "\u0958", "\u3300", "é", "한", "ﬁ"])
+def test_text_that_grows_in_a_normal_form_counts_by_the_longest(form: Literal["NFC", "NFD", "NFKC"], character: str) -> None:
+    said = normalize(form, character * 1000)
+    for tokenized in (said, normalize("NFC", said), normalize("NFKC", said)):
+        assert estimate.input_bound(request(said)) >= len(tokenized.encode())
+
+
+@given(said=st.text(st.characters(exclude_categories=["Cs"])))
+def test_no_tokenizer_that_normalizes_first_makes_more_tokens_than_the_bound(said: str) -> None:
+    for form in estimate.NORMAL_FORMS:
+        assert estimate.input_bound(request(said)) >= len(normalize(form, said).encode())
 
 
 def test_mappings_and_sequences_of_other_types_are_measured() -> None:

@@ -2,15 +2,17 @@
 
 The bound on tokens is the number of bytes. Byte-level BPE (GPT, Claude, Llama 3, Qwen, …) starts from one token for each UTF-8 byte and
 only merges, so it never makes more tokens than bytes (https://arxiv.org/abs/1909.03341, section 3); SentencePiece with byte fallback
-spends at most one token on a byte as well. Around the text, a chat template puts a few special tokens for each message; the constants
-below are far above those that are documented. They do not cover what is not text: an image costs tokens by its size in pixels, not by
-its bytes; whoever knows the wire adds that as `extra`.
+spends at most one token on a byte as well. Some tokenizers bring the text into a Unicode normal form first (Qwen: NFC, the default of
+SentencePiece: NFKC), which can be up to eleven times as long: the bytes are those of the longest form. Around the text, a chat template
+puts a few special tokens for each message; the constants below are far above those that are documented. They do not cover what is not
+text: an image costs tokens by its size in pixels, not by its bytes; whoever knows the wire adds that as `extra`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
+from unicodedata import normalize
 
 import msgspec
 from msgspec import Struct
@@ -40,6 +42,8 @@ DEFAULT_MAX_TOKENS = 4096
 """The output bound of a call where neither the caller, the host nor the model gives one."""
 
 MIN_OUTPUT_TOKENS = 256
+NORMAL_FORMS: tuple[Literal["NFC", "NFKC"], ...] = ("NFC", "NFKC")
+"""https://www.unicode.org/reports/tr15/"""
 
 
 class Ask(Struct, frozen=True, kw_only=True):
@@ -67,17 +71,28 @@ _ENCODER = msgspec.json.Encoder(enc_hook=jsonable)
 def size(request: CompletionRequest) -> int:
     """Bytes of the messages and parameters as JSON, which is at least the UTF-8 bytes of every text in them. Raises `InvalidRequest` for
     what JSON cannot carry."""
+    return len(_encoded(request))
+
+
+def _encoded(request: CompletionRequest) -> bytes:
     try:
-        return len(_ENCODER.encode((request.messages, request.params)))
+        return _ENCODER.encode((request.messages, request.params))
     except (TypeError, ValueError, OverflowError, RecursionError, msgspec.MsgspecError):
         raise InvalidRequest("messages and parameters must be JSON values") from None  # the cause may quote a prompt
 
 
-def input_bound(request: CompletionRequest, *, extra: int = 0, known_size: int | None = None) -> int:
-    """The most input tokens that `request` can be, once its prompt is rendered. `extra` are tokens of what is not text; `known_size` is
-    `size(request)`, where that is known already. Raises `InvalidRequest` as `size` does."""
-    bound = size(request) if known_size is None else known_size
-    bound += TOKENS_PER_REQUEST + TOKENS_PER_MESSAGE * len(request.messages) + extra
+def _longest(encoded: bytes) -> int:
+    """Bytes of the text, as it is or in a normal form."""
+    if encoded.isascii():
+        return len(encoded)
+    text = encoded.decode()
+    return max(len(encoded), *(len(normalize(form, text).encode()) for form in NORMAL_FORMS))
+
+
+def input_bound(request: CompletionRequest, *, extra: int = 0) -> int:
+    """The most input tokens that `request` can be, once its prompt is rendered. `extra` are tokens of what is not text, less the bytes
+    that are only theirs. Raises `InvalidRequest` as `size` does."""
+    bound = _longest(_encoded(request)) + TOKENS_PER_REQUEST + TOKENS_PER_MESSAGE * len(request.messages) + extra
     tools = [offered for name in ("tools", "functions") if isinstance(offered := request.params.get(name), Sequence)]
     if tools:
         bound += TOKENS_FOR_TOOLS + TOKENS_PER_TOOL * sum(map(len, tools))
@@ -155,6 +170,6 @@ def tokens_for_window(request: CompletionRequest, output_bound: int | None, *, k
     A realistic figure: bytes / 4 for the input, and `output_bound` in each choice only where the caller gave one. The window paces
     calls and costs nobody money; charging it with the worst case would turn away calls that fit several times over.
     """
-    text = size(request) if known_size is None else known_size
+    text = size(request)
     output = (output_bound or 0) * (request.n or 1)
     return max(1, -(-text // BYTES_PER_TOKEN) + output)
