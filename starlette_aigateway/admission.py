@@ -184,7 +184,8 @@ class Admission:
         capped = any(owner.capped for _, owner in call.owners)
         if capped:
             self._refuse_unbounded(request)
-        input_tokens = estimate.input_bound(request, extra=openai_chat.inline_images(request) * openai_chat.MAX_IMAGE_TOKENS)
+        images = openai_chat.images(request, self._s.image_tokens)
+        input_tokens = estimate.input_bound(request, extra=images.tokens - images.bytes)
         stored = await self._s.stored_prices.all()
         priced = []
         unbounded = 0
@@ -216,13 +217,14 @@ class Admission:
         raise PriceUnknown(f"the host has set no price for the model {plan.model!r}, and this account has a spend cap", param="model")
 
     def _refuse_unbounded(self, request: CompletionRequest) -> None:
-        parameter = openai_chat.unbounded_parameter(request)
-        if parameter is not None and parameter not in self._s.allow_unbounded:
-            raise CostUnbounded(
-                f"{parameter} has no upper bound of cost, and this account has a spend cap; leave it out, or have the host allow it "
-                f"with allow_unbounded={{{parameter!r}}}",
-                param=parameter,
-            )
+        for parameter in openai_chat.unbounded_parameters(request):
+            kind = openai_chat.kind_of(parameter)
+            if kind not in self._s.allow_unbounded:
+                raise CostUnbounded(
+                    f"{parameter} has no upper bound of cost, and this account has a spend cap; leave it out, or have the host allow it "
+                    f"with allow_unbounded={{{kind!r}}}",
+                    param=parameter,
+                )
 
     async def give_tokens_back(self, call: Call, error: AIGatewayError) -> None:
         """A call that used nothing leaves the windows of tokens as they were. What may have been billed stays counted as estimated."""

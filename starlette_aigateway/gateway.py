@@ -61,6 +61,7 @@ from .types import (
     CacheControl,
     CallOptions,
     CompletionRequest,
+    ImageTokens,
     Limits,
     Principal,
     Timeouts,
@@ -81,7 +82,8 @@ class AIGateway(Administration):
     `resolve_principal` turns a connection into a `Principal` by the host's own login; `authorize_admin` says who may use the admin
     routes, which do not exist without it. `default_max_tokens` bounds the output of calls under a cap that give no bound; the budget may
     lower it down to `min_output_tokens`. `allow_unbounded` names parameters whose cost has no bound and that principals under a cap may
-    use all the same.
+    use all the same: `web_search_options`, or `messages.content.image_url` for images by address. `image_tokens` bounds what an image
+    that is sent along can cost.
 
     When a caller leaves before its answer is whole, `on_disconnect="drain"` reads the rest of it, so that the bill is exact: a stream for
     `Timeouts.drain` seconds and `max_drain_bytes` at the most, and at most `max_drains` answers at a time in this process; the newest gives
@@ -118,6 +120,7 @@ class AIGateway(Administration):
         default_max_tokens: int | None = None,
         min_output_tokens: int = MIN_OUTPUT_TOKENS,
         allow_unbounded: Iterable[str] = (),
+        image_tokens: ImageTokens | None = None,
         limiter_fail_open: bool = False,
         max_body_bytes: int = MAX_BODY_BYTES,
         on_disconnect: OnDisconnect = "drain",
@@ -189,6 +192,7 @@ class AIGateway(Administration):
                 default_max_tokens=_positive(default_max_tokens, "default_max_tokens"),
                 min_output_tokens=_positive(min_output_tokens, "min_output_tokens") or MIN_OUTPUT_TOKENS,
                 allow_unbounded=frozenset(allow_unbounded),
+                image_tokens=_image_tokens(image_tokens),
                 idempotency=Idempotency(
                     self._idempotency, idempotency_policy or IdempotencyPolicy(), clock=clock, random=random, timeouts=timeouts
                 ),
@@ -447,6 +451,12 @@ def _on_disconnect(value: OnDisconnect) -> OnDisconnect:
     if value not in ("drain", "cancel"):
         raise ConfigurationError('on_disconnect must be "drain" or "cancel"', param="on_disconnect")
     return value
+
+
+def _image_tokens(bounds: ImageTokens | None) -> ImageTokens:
+    if bounds is not None and not isinstance(bounds, ImageTokens):
+        raise ConfigurationError("image_tokens must be an ImageTokens", param="image_tokens")
+    return bounds or ImageTokens()
 
 
 def _options(idempotency_key: str | None, timeout: float | None, tags: Mapping[str, str] | None, cache: CacheControl | None) -> CallOptions:

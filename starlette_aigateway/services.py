@@ -15,7 +15,7 @@ from .policy.pricing import PriceBook
 from .policy.routing import RetryPolicy
 from .protocols import Clock, Ledger, PriceStore, PromptStore, ResponseCache, TenantStore
 from .providers.simple import RegisteredProvider
-from .types import Limits, Timeouts
+from .types import ImageTokens, Limits, Timeouts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,4 +44,5 @@ class Services:
     default_max_tokens: int | None
     min_output_tokens: int
     allow_unbounded: frozenset[str]
+    image_tokens: ImageTokens
     idempotency: Idempotency

@@ -18,6 +18,7 @@ from .prices import Price as Price
 from .prices import PriceTier as PriceTier
 
 MAX_WINDOW = 10**12
+MAX_IMAGE_TOKENS = 10**9
 KEY_ID_PREFIX = "key_"
 
 
@@ -397,6 +398,46 @@ def _check_tags(tags: Any) -> None:
 
 def _is_tag(value: Any) -> bool:
     return isinstance(value, str) and len(value) <= MAX_TAG_LENGTH and value.isprintable()
+
+
+class ImageTokens(Struct, frozen=True, kw_only=True):
+    """The most input tokens that one image can cost, by the `detail` that is asked for: `low`, `high`, and `auto` for all else, no detail
+    and unknown ones included. Without `auto`, the dearer of the two.
+
+    The defaults cover what the vendors document; whoever serves a model that takes larger images gives its own.
+
+    - `low`: Claude has no such level and takes up to 4,784 tokens for the largest image
+      (https://platform.claude.com/docs/en/build-with-claude/vision: 28 pixels squared each, 2,576 pixels on the long edge); OpenAI's
+      gpt-4o-mini takes 2,833 (https://platform.openai.com/docs/guides/images-vision#calculating-costs).
+    - `high`: gpt-4o-mini takes 2,833 and 5,667 for each of up to 8 tiles, 48,169 in all; the level `original` of later models
+      at most 10,000 patches of up to 2.46 tokens; Gemini 3 at most 2,240 (https://ai.google.dev/gemini-api/docs/media-resolution).
+
+    Raises `InvalidArgument`.
+    """
+
+    low: int = 6_000
+    high: int = 50_000
+    auto: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("low", "high"):
+            _image_count(getattr(self, name), name)
+        if self.auto is not None and _image_count(self.auto, "auto") < max(self.low, self.high):
+            raise InvalidArgument("auto must not be below low and high: it may be either", param="auto")
+
+    def at(self, detail: Any) -> int:
+        """The bound of an image with this `detail`."""
+        if detail == "low":
+            return self.low
+        if detail == "high":
+            return self.high
+        return self.auto if self.auto is not None else max(self.low, self.high)
+
+
+def _image_count(value: Any, name: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MAX_IMAGE_TOKENS:
+        raise InvalidArgument(f"{name} must be a number of tokens up to {MAX_IMAGE_TOKENS}", param=name)
+    return value
 
 
 WindowKind = Literal["requests", "tokens"]

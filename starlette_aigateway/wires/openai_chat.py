@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from .openai_chat_answer import WIRE, decode_completion, encode_completion, error_facts
-from .openai_chat_cost import MAX_IMAGE_TOKENS, PARAMETERS, Cost, inline_images, unbounded_parameter
+from .openai_chat_cost import PARAMETERS, Cost, asks_for_reasoning, kind_of, unbounded_parameters
+from .openai_chat_images import images
 from .openai_chat_request import ChatCall, decode_request, encode_request
 from .openai_chat_rules import validate
 from .openai_chat_stream import (
@@ -22,12 +23,12 @@ from .openai_chat_stream import (
 
 __all__ = [
     "DONE",
-    "MAX_IMAGE_TOKENS",
     "PARAMETERS",
     "WIRE",
     "ChatCall",
     "Cost",
     "EventReader",
+    "asks_for_reasoning",
     "assemble",
     "chunks",
     "decode_completion",
@@ -39,10 +40,11 @@ __all__ = [
     "encode_request",
     "error_facts",
     "has_content",
-    "inline_images",
+    "images",
+    "kind_of",
     "output_bytes",
     "replay",
-    "unbounded_parameter",
+    "unbounded_parameters",
     "usage_only",
     "validate",
 ]

@@ -1,16 +1,21 @@
 """What each parameter of the Chat Completions wire can do to the bill.
 
 The worst case of a call is (bytes of everything sent, as input tokens) + (output bound * n, as output tokens). `neutral` changes
-nothing of that, `bounded` adds input tokens that its own bytes bound, `unbounded` can cost more than the two terms say.
+nothing of that, `bounded` adds input tokens that its own bytes bound, `unbounded` can cost more than the two terms say. What is not
+listed, in whatever place, is unbounded: it may be the name under which some upstream takes another bound of the output
+(`max_output_tokens`, `num_predict`), several answers (`best_of`) or a tool of its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
+from collections.abc import Set as AbstractSet
 from types import MappingProxyType
 from typing import Any, Literal, TypeAlias
 
 from ..types import CompletionRequest
+from .openai_chat_images import inlined
 
 Cost: TypeAlias = Literal["neutral", "bounded", "unbounded"]
 
@@ -41,6 +46,9 @@ PARAMETERS: Mapping[str, Cost] = MappingProxyType(
         "metadata": "neutral",
         "store": "neutral",  # keeps the answer at the vendor, without a charge; never makes a later call longer by itself
         "reasoning_effort": "neutral",  # reasoning counts as output and stays below the output bound
+        "thinking": "bounded",  # its tokens are output and count for max_tokens; its budget is looked at by `_thinking`
+        "top_k": "neutral",
+        "cache_control": "unbounded",  # asks for cache writes, as below
         "verbosity": "neutral",
         "parallel_tool_calls": "neutral",
         "response_format": "bounded",  # a schema is input
@@ -56,7 +64,15 @@ PARAMETERS: Mapping[str, Cost] = MappingProxyType(
         "moderation": "unbounded",  # runs another model
     }
 )
-"""Every documented parameter; what is not listed counts as unbounded."""
+"""Every documented parameter (https://platform.openai.com/docs/api-reference/chat/create), and those that Anthropic's wire takes besides
+(https://platform.claude.com/docs/en/api/messages/create). Thinking: https://platform.claude.com/docs/en/build-with-claude/thinking says
+that it is billed as output, shown or not, and counts for `max_tokens` together with the answer."""
+
+BOUND_ALIASES = frozenset(
+    {"max_output_tokens", "max_new_tokens", "max_tokens_to_sample", "max_gen_len", "max_length", "num_predict", "n_predict"}
+)
+"""Under which OpenAI-compatible upstreams take an output bound too (llama.cpp, Ollama, TGI, SageMaker, …). Where the gateway sends a
+bound, none of these goes out beside it."""
 
 HARMLESS: Mapping[str, tuple[Any, ...]] = MappingProxyType(
     {
@@ -68,67 +84,135 @@ HARMLESS: Mapping[str, tuple[Any, ...]] = MappingProxyType(
 """Values of unbounded parameters that cost nothing extra."""
 
 LOCAL_TOOLS = frozenset({"function", "custom"})
+TOOL_FIELDS = frozenset({"type", *LOCAL_TOOLS})
+MESSAGE_FIELDS = frozenset(
+    {
+        "role",
+        "content",
+        "name",
+        "tool_calls",
+        "tool_call_id",
+        "refusal",
+        "function_call",
+        "reasoning_content",
+        "reasoning",
+        "annotations",
+    }
+)
+"""What is text of a message, or marks it."""
+
 TEXT_PARTS = frozenset({"text", "refusal"})
-CACHE_MARKS = ("prompt_cache_breakpoint", "cache_control")  # OpenAI's and Anthropic's: cache writes may cost more than plain input
-
-MAX_IMAGE_TOKENS = 50_000
-"""What one inlined image can cost in input tokens at the most. Its bytes do not bound that: a blank picture compresses to nothing and
-is billed by its tiles. gpt-4o-mini: 2,833 + 5,667 * 8 tiles of 512 pixels = 48,169
-(https://platform.openai.com/docs/guides/images-vision#calculating-costs)."""
+THINKING = frozenset({"enabled", "adaptive", "disabled"})
+_PLACE = re.compile(r"\[\d+\]")
+MAX_NAME = 64  # what is longer is not repeated in an error
 
 
-def unbounded_parameter(request: CompletionRequest) -> str | None:
-    """The first thing in `request` whose cost has no bound (`web_search_options`, `messages[0].content[1].image_url`), or None."""
+def unbounded_parameters(request: CompletionRequest) -> Iterator[str]:
+    """Everything in `request` whose cost has no bound: `web_search_options`, `messages[0].content[1].image_url`."""
     for name, value in request.params.items():
         if value is not None and PARAMETERS.get(name, "unbounded") == "unbounded" and value not in HARMLESS.get(name, ()):
-            return name
-    return _unbounded_tool(request.params.get("tools")) or _unbounded_message(request)
-
-
-def inline_images(request: CompletionRequest) -> int:
-    """How many images `request` carries in itself; the worst case of each is `MAX_IMAGE_TOKENS`."""
-    return sum(
-        part.get("type") == "image_url"
-        for message in request.messages
-        if isinstance(parts := message.get("content"), list | tuple)
-        for part in parts
-    )
-
-
-def _unbounded_tool(tools: Any) -> str | None:
-    if not isinstance(tools, list | tuple):
-        return None
-    for index, tool in enumerate(tools):
-        if not isinstance(tool, dict) or tool.get("type") not in LOCAL_TOOLS:
-            return f"tools[{index}]"
-        if tool.get("cache_control") is not None:
-            return f"tools[{index}].cache_control"
-    return None
-
-
-def _unbounded_message(request: CompletionRequest) -> str | None:
+            yield name
+    yield from _tools(request.params.get("tools"))
+    yield from _functions(request.params.get("functions"))
+    yield from _thinking(request.params.get("thinking"), request.max_tokens)
     for index, message in enumerate(request.messages):
-        if message.get("audio"):  # a spoken answer of before, by id
-            return f"messages[{index}].audio"
-        parts = message.get("content")
-        if isinstance(parts, list | tuple):
-            for place, part in enumerate(parts):
-                found = _unbounded_part(part)
-                if found is not None:
-                    return f"messages[{index}].content[{place}]{found}"
-    return None
+        content = message.get("content")
+        if len(message) > 2 or not isinstance(content, str) or "role" not in message:
+            yield from _message(message, f"messages[{index}]")
 
 
-def _unbounded_part(part: Mapping[str, Any]) -> str | None:
-    for mark in CACHE_MARKS:
-        if part.get(mark) is not None:
-            return f".{mark}"
-    kind = part.get("type")
-    if kind in TEXT_PARTS:
-        return None
-    if kind == "image_url":
-        image = part.get("image_url")
-        url = image.get("url") if isinstance(image, dict) else image
-        inlined = isinstance(url, str) and url[:5].lower() == "data:" and not (isinstance(image, dict) and image.get("file_id"))
-        return None if inlined else ".image_url"
-    return f".{kind}" if kind in {"input_audio", "file"} else ""
+def kind_of(path: str) -> str:
+    """The name by which a host allows what is found at `path`: without the places in lists, `messages.content.image_url`."""
+    return _PLACE.sub("", path)
+
+
+def _tools(tools: Any) -> Iterator[str]:
+    if not tools:
+        return
+    if not isinstance(tools, list | tuple):
+        yield "tools"
+        return
+    for index, tool in enumerate(tools):
+        kind = tool.get("type") if isinstance(tool, dict) else None
+        if not isinstance(kind, str) or kind not in LOCAL_TOOLS:
+            yield f"tools[{index}]"
+        else:
+            yield from _unlisted(tool, TOOL_FIELDS, f"tools[{index}]")
+
+
+def _functions(functions: Any) -> Iterator[str]:
+    if not functions:
+        return
+    if not isinstance(functions, list | tuple):
+        yield "functions"
+        return
+    for index, function in enumerate(functions):
+        if not isinstance(function, dict):
+            yield f"functions[{index}]"
+
+
+def _thinking(thinking: Any, max_tokens: int | None) -> Iterator[str]:
+    """A budget is for the whole turn and may be above the bound of one call where thinking goes on between calls of tools
+    (https://platform.claude.com/docs/en/build-with-claude/extended-thinking, "Interleaved thinking"); only below it is all clear."""
+    if not thinking:
+        return
+    kind = thinking.get("type") if isinstance(thinking, dict) else None
+    if not isinstance(kind, str) or kind not in THINKING:
+        yield "thinking"
+        return
+    budget = thinking.get("budget_tokens")
+    if budget is not None and not (type(budget) is int and max_tokens is not None and budget < max_tokens):
+        yield "thinking.budget_tokens"
+
+
+def _message(message: Mapping[str, Any], where: str) -> Iterator[str]:
+    yield from _unlisted(message, MESSAGE_FIELDS, where)
+    content = message.get("content")
+    if isinstance(content, list | tuple):
+        for place, part in enumerate(content):
+            yield from _part(part, f"{where}.content[{place}]")
+    elif content is not None and not isinstance(content, str):
+        yield f"{where}.content"
+
+
+def _part(part: Any, where: str) -> Iterator[str]:
+    kind = part.get("type") if isinstance(part, dict) else None
+    if not isinstance(kind, str):
+        yield where
+    elif kind in TEXT_PARTS:
+        if not isinstance(part.get(kind), str):
+            yield f"{where}.{kind}"
+        yield from _unlisted(part, {"type", kind}, where)
+    elif kind == "image_url":
+        if inlined(part) is None:
+            yield f"{where}.image_url"
+        yield from _unlisted(part, {"type", kind}, where)
+    else:
+        yield f"{where}.{kind}" if kind in {"input_audio", "file"} else where
+
+
+def _unlisted(holder: Mapping[str, Any], known: AbstractSet[str], where: str) -> Iterator[str]:
+    """Fields that nobody decided on, except where they say nothing: null, false, or an empty value."""
+    for name, value in holder.items():
+        if value and name not in known:
+            yield f"{where}.{name if len(name) <= MAX_NAME else '…'}"
+
+
+REASONING = ("reasoning_effort", "thinking", "reasoning", "enable_thinking", "thinking_budget", "think", "chat_template_kwargs")
+"""Parameters that ask a model to think before it answers: OpenAI, Anthropic, OpenRouter, Qwen, Ollama, vLLM."""
+
+NO_REASONING: tuple[Any, ...] = (
+    None,
+    False,
+    0,
+    "none",
+    {"type": "disabled"},
+    {"enabled": False},
+    {"effort": "none"},
+    {"enable_thinking": False},
+)
+
+
+def asks_for_reasoning(request: CompletionRequest) -> bool:
+    """Whether `request` asks for output that is billed and need not be sent."""
+    return any(name in request.params and request.params[name] not in NO_REASONING for name in REASONING)

@@ -13,10 +13,12 @@ from msgspec import Struct
 
 from ..errors import InvalidRequest
 from ..types import CompletionRequest, PromptRef
+from .openai_chat_cost import BOUND_ALIASES
 
 DECIDED = frozenset({"model", "messages", "temperature", "max_tokens", "max_completion_tokens", "n", "prompt", "stream", "stream_options"})
 """Fields that the gateway decides on: they never travel in `params`."""
 
+DECIDED_WITH_BOUND = DECIDED | BOUND_ALIASES
 PROMPT_FIELDS = frozenset({"name", "version", "label", "variables"})
 _encoder = msgspec.json.Encoder()
 
@@ -48,11 +50,13 @@ def decode_request(body: Mapping[str, Any]) -> ChatCall:
 
 
 def encode_request(request: CompletionRequest, *, stream: bool, max_tokens_field: str = "max_tokens") -> bytes:
-    """The body for an upstream. The output bound goes under `max_tokens_field` alone, and a stream always reports its usage.
+    """The body for an upstream. The output bound goes under `max_tokens_field` alone, other names of it are left out, and a stream
+    always reports its usage.
 
     `request` must have passed `validate`, and its prompt must be rendered.
     """
-    travelling = {name: value for name, value in request.params.items() if name not in DECIDED}
+    left_out = DECIDED if request.max_tokens is None else DECIDED_WITH_BOUND
+    travelling = {name: value for name, value in request.params.items() if name not in left_out}
     body: dict[str, Any] = {"model": request.model, "messages": request.messages, **travelling}
     if request.temperature is not None:
         body["temperature"] = request.temperature

@@ -1,0 +1,132 @@
+"""What is held and what is estimated for a whole call: images, and parameters that have no bound."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from decimal import Decimal
+from typing import Any
+
+import pytest
+
+from starlette_aigateway import (
+    AIGateway,
+    CachePolicy,
+    CompletionRequest,
+    ConfigurationError,
+    CostUnbounded,
+    ImageTokens,
+    Price,
+    PriceTier,
+    Principal,
+    RetryPolicy,
+    SpendCapExceeded,
+    Usage,
+)
+from starlette_aigateway.errors import InvalidArgument
+from starlette_aigateway.testing import Say, ScriptedProvider
+
+pytestmark = pytest.mark.anyio
+
+PRICE = Price("1", "2")
+"""A thousand nano-USD for an input token, two thousand for an output token."""
+
+PICTURE = "data:image/png;base64," + "A" * 1_000_000
+
+
+def ask(*parts: Mapping[str, Any], max_tokens: int | None = 10, **params: Any) -> CompletionRequest:
+    return CompletionRequest(
+        model="m", messages=[{"role": "user", "content": [{"type": "text", "text": "hi"}, *parts]}], max_tokens=max_tokens, params=params
+    )
+
+
+def picture(detail: str | None = None, url: str = PICTURE) -> dict[str, Any]:
+    return {"type": "image_url", "image_url": {"url": url} if detail is None else {"url": url, "detail": detail}}
+
+
+def capped(usd: str = "100") -> Principal:
+    return Principal("user", hard_cap_usd=usd)
+
+
+@asynccontextmanager
+async def gateway_with(*providers: object, **settings: Any) -> AsyncIterator[AIGateway]:
+    settings = {"prices": {"m": PRICE}, "retries": RetryPolicy(rounds=1), **settings}
+    async with AIGateway.in_memory(providers=providers, **settings) as gateway:
+        yield gateway
+        assert await gateway.check_ledger() == []
+
+
+@pytest.mark.parametrize(("detail", "tokens"), [("low", 1_000), ("high", 20_000), ("auto", 30_000), (None, 30_000), ("original", 30_000)])
+async def test_an_image_is_held_at_the_bound_of_its_detail_and_not_at_its_bytes(detail: str | None, tokens: int) -> None:
+    bounds = ImageTokens(low=1_000, high=20_000, auto=30_000)
+    async with gateway_with(ScriptedProvider("a", "b"), image_tokens=bounds) as gateway:
+        dollars = Decimal(tokens) / 10**6
+        with pytest.raises(SpendCapExceeded):
+            await gateway.complete(capped(str(dollars)), ask(picture(detail)))
+        await gateway.complete(capped(str(dollars + Decimal("0.001"))), ask(picture(detail)))
+
+
+async def test_images_in_the_answers_of_tools_are_held_too() -> None:
+    messages: Any = [
+        {"role": "user", "content": "look"},
+        {
+            "role": "assistant",
+            "content": None,
+            "tool_calls": [{"id": "t", "type": "function", "function": {"name": "f", "arguments": "{}"}}],
+        },
+        {"role": "tool", "tool_call_id": "t", "content": [picture("low"), picture("low")]},
+    ]
+    request = CompletionRequest(model="m", messages=messages, max_tokens=10)
+    async with gateway_with(ScriptedProvider("a"), image_tokens=ImageTokens(low=1_000)) as gateway:
+        with pytest.raises(SpendCapExceeded):
+            await gateway.complete(capped("0.002"), request)
+        await gateway.complete(capped("0.003"), request)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"low": 0.5}, {"high": -1}, {"auto": 10}, {"low": True}, {"high": "many"}, {"low": 60_000, "high": 1, "auto": 50_000}]
+)
+def test_bounds_of_images_are_whole_tokens_and_auto_is_the_dearest(wrong: dict[str, Any]) -> None:
+    with pytest.raises(InvalidArgument) as caught:
+        ImageTokens(**wrong)
+    assert caught.value.param in wrong
+
+
+def test_the_bounds_of_images_are_an_image_tokens() -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        AIGateway.in_memory(image_tokens=5_000)
+    assert caught.value.param == "image_tokens"
+
+
+async def test_what_a_host_allows_hides_nothing_else_and_is_named_without_its_place() -> None:
+    remote = picture(url="https://x/y.png")
+    async with gateway_with(ScriptedProvider("a"), allow_unbounded={"messages.content.image_url", "web_search_options"}) as gateway:
+        for request, param in (
+            (ask(remote, best_of=3), "best_of"),
+            (ask(remote, tools=["web_search"], web_search_options={}), "tools[0]"),
+            (ask(remote, {"type": "file", "file": {"file_id": "f"}}), "messages[0].content[2].file"),
+        ):
+            with pytest.raises(CostUnbounded) as caught:
+                await gateway.complete(capped(), request)
+            assert caught.value.param == param
+        await gateway.complete(capped(), ask(remote, remote, web_search_options={}))
+
+
+async def test_the_error_says_how_a_host_allows_it() -> None:
+    async with gateway_with(ScriptedProvider("a")) as gateway:
+        with pytest.raises(CostUnbounded) as caught:
+            await gateway.complete(capped(), ask(picture(url="https://x/y.png")))
+        assert caught.value.param == "messages[0].content[1].image_url"
+    async with gateway_with(ScriptedProvider("a"), allow_unbounded={str(caught.value).split("{'")[1].split("'}")[0]}) as gateway:
+        await gateway.complete(capped(), ask(picture(url="https://x/y.png")))
+
+
+async def test_a_hold_pays_for_the_dearest_tier_that_a_call_may_be_in_and_the_bill_is_at_its_own() -> None:
+    price = Price(3, 15, tiers=[PriceTier(1_000, 6, 30)])
+    used = Usage(input_tokens=1_001, output_tokens=10)
+    async with gateway_with(ScriptedProvider(Say("a", used), Say("b")), prices={"m": price}, cache=CachePolicy(enabled=False)) as gateway:
+        long = CompletionRequest(model="m", messages=[{"role": "user", "content": "x" * 1_001}], max_tokens=10)
+        with pytest.raises(SpendCapExceeded):
+            await gateway.complete(capped("0.006"), long)
+        assert (await gateway.complete(capped(), long)).cost_usd == Decimal(1_001 * 6 + 10 * 30) / 10**6
+        assert (await gateway.complete(capped(), long)).cost_usd == Decimal(10 * 3 + 5 * 15) / 10**6
