@@ -14,7 +14,7 @@ from .accounts import GATEWAY_SCOPE, ScopeClaim, principal_scope, tenant_scope
 from .answers import Answers
 from .calls import Bill, Call, Done, Offer, PricedTarget
 from .errors import AIGatewayError, CostUnbounded, NotFound, PriceUnknown, ProviderError
-from .policy import caching, estimate, keys, models, prompts, routing
+from .policy import caching, estimate, keys, models, pricing, prompts, routing
 from .policy.defaults import with_defaults
 from .policy.routing import Plan
 from .policy.windows import WindowClaim
@@ -186,6 +186,7 @@ class Admission:
             self._refuse_unbounded(request)
         images = openai_chat.images(request, self._s.image_tokens)
         input_tokens = estimate.input_bound(request, extra=images.tokens - images.bytes)
+        thinks = openai_chat.asks_for_reasoning(request)
         stored = await self._s.stored_prices.all()
         priced = []
         unbounded = 0
@@ -205,7 +206,8 @@ class Admission:
                 model_maximum=provider.max_output_tokens,
                 min_output_tokens=self._s.min_output_tokens,
             )
-            priced.append(PricedTarget(target, provider, price, ask))
+            hidden = thinks or provider.reasons(plan.model, target.upstream) or pricing.bills_reasoning(price)
+            priced.append(PricedTarget(target, provider, price, ask, hidden))
         if priced:
             return Offer(targets=tuple(priced), scopes=scopes(call), input_tokens=input_tokens, bounded=capped)
         if unbounded:

@@ -67,7 +67,9 @@ class Attempt:
         return self._estimated(self.meter.output_bytes())
 
     def _estimated(self, output_bytes: int) -> Usage:
-        return estimate.received(output_bytes, input_tokens=self.offer.input_tokens, bound=self.output_bound, n=self.call.request.n)
+        bound = self.output_bound
+        unseen = (bound or self.priced.ask.output_wanted) if self.priced.hidden else 0
+        return estimate.received(output_bytes, input_tokens=self.offer.input_tokens, bound=bound, n=self.call.request.n, unseen=unseen)
 
     @asynccontextmanager
     async def answer(self) -> AsyncIterator[ProviderAnswer]:

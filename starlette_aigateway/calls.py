@@ -19,12 +19,14 @@ from .types import Answer, CacheStatus, CallOptions, Completion, CompletionReque
 
 
 class PricedTarget(Struct, frozen=True):
-    """A planned target with everything that an attempt at it needs: its adapter, its price and what has to be held."""
+    """A planned target with everything that an attempt at it needs: its adapter, its price and what has to be held. `hidden`: it may make
+    tokens that it does not send (reasoning)."""
 
     target: Target
     provider: RegisteredProvider
     price: Price | None
     ask: Ask
+    hidden: bool = False
 
 
 class Offer(Struct, frozen=True, kw_only=True):

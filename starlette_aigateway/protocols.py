@@ -202,7 +202,8 @@ class Provider(Protocol):
 
     Optional attributes, read once at registration: `models` (the names that it serves, or `{public: upstream}`; without it, every
     name), `timeout` (seconds for one attempt), `max_output_tokens` (what it produces at the most), `bounds_output` (False if it does
-    not obey `max_tokens`: principals under a cap are then refused unless `max_output_tokens` is given).
+    not obey `max_tokens`: principals under a cap are then refused unless `max_output_tokens` is given), `reasons` (True, or a function of a
+    model's name, if the models make tokens that they do not send: an answer that breaks off is then estimated at its output bound).
     """
 
     name: str

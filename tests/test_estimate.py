@@ -201,7 +201,9 @@ def test_the_estimate_of_what_was_received_is_never_too_low(pieces: list[bytes],
 
 
 def test_tokens_that_are_not_shown_are_limited_by_the_bound_alone() -> None:
-    assert estimate.received(10, input_tokens=1, bound=5000, n=2, hidden=True).output_tokens == 10_000
+    assert estimate.received(10, input_tokens=1, bound=5000, n=2, unseen=5000).output_tokens == 10_000
+    assert estimate.received(10, input_tokens=1, n=2, unseen=4096).output_tokens == 8192
+    assert estimate.received(50_000, input_tokens=1, unseen=4096).output_tokens > 50_000
     assert estimate.received(10, input_tokens=1, bound=5000, n=2).output_tokens == 10 + 2 * estimate.TOKENS_PER_CHOICE
 
 

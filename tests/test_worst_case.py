@@ -1,4 +1,4 @@
-"""What is held and what is estimated for a whole call: images, and parameters that have no bound."""
+"""What is held and what is estimated for a whole call: images, parameters that have no bound, tokens that nobody sees."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 from decimal import Decimal
 from typing import Any
 
+import anyio
 import pytest
 
 from starlette_aigateway import (
@@ -21,10 +22,14 @@ from starlette_aigateway import (
     Principal,
     RetryPolicy,
     SpendCapExceeded,
+    Timeouts,
     Usage,
+    UsageRecord,
 )
 from starlette_aigateway.errors import InvalidArgument
-from starlette_aigateway.testing import Say, ScriptedProvider
+from starlette_aigateway.providers import AnthropicProvider, OpenAIProvider
+from starlette_aigateway.providers.simple import adapt
+from starlette_aigateway.testing import Hang, Say, ScriptedProvider
 
 pytestmark = pytest.mark.anyio
 
@@ -32,6 +37,7 @@ PRICE = Price("1", "2")
 """A thousand nano-USD for an input token, two thousand for an output token."""
 
 PICTURE = "data:image/png;base64," + "A" * 1_000_000
+NOBODY = Principal("nobody")
 
 
 def ask(*parts: Mapping[str, Any], max_tokens: int | None = 10, **params: Any) -> CompletionRequest:
@@ -54,6 +60,16 @@ async def gateway_with(*providers: object, **settings: Any) -> AsyncIterator[AIG
     async with AIGateway.in_memory(providers=providers, **settings) as gateway:
         yield gateway
         assert await gateway.check_ledger() == []
+
+
+async def left_after_the_first_word(gateway: AIGateway, request: CompletionRequest, who: Principal) -> UsageRecord:
+    async with gateway.stream(who, request) as stream:
+        async for _ in stream:
+            break
+    with anyio.fail_after(10):
+        while not (data := (await gateway.usage()).data):
+            await anyio.sleep(0.005)
+    return data[0]
 
 
 @pytest.mark.parametrize(("detail", "tokens"), [("low", 1_000), ("high", 20_000), ("auto", 30_000), (None, 30_000), ("original", 30_000)])
@@ -130,3 +146,86 @@ async def test_a_hold_pays_for_the_dearest_tier_that_a_call_may_be_in_and_the_bi
             await gateway.complete(capped("0.006"), long)
         assert (await gateway.complete(capped(), long)).cost_usd == Decimal(1_001 * 6 + 10 * 30) / 10**6
         assert (await gateway.complete(capped(), long)).cost_usd == Decimal(10 * 3 + 5 * 15) / 10**6
+
+
+@pytest.mark.parametrize(
+    ("reasons", "price", "params", "hidden"),
+    [
+        (False, PRICE, {}, False),
+        (False, PRICE, {"reasoning_effort": "none"}, False),
+        (True, PRICE, {}, True),
+        (True, PRICE, {"reasoning_effort": "none"}, True),  # models do not always obey it
+        (False, PRICE, {"reasoning_effort": "low"}, True),
+        (False, PRICE, {"thinking": {"type": "adaptive"}}, True),
+        (False, Price(1, 2, reasoning=3), {}, True),
+    ],
+)
+@pytest.mark.parametrize("who", [NOBODY, capped()])
+async def test_a_stream_of_a_model_that_may_think_is_estimated_at_its_bound_when_it_is_left(
+    reasons: bool, price: Price, params: dict[str, Any], hidden: bool, who: Principal
+) -> None:
+    provider = ScriptedProvider(Hang(after=1, text="one two"), reasons=reasons)
+    async with gateway_with(provider, prices={"m": price}, timeouts=Timeouts(drain=0.01)) as gateway:
+        record = await left_after_the_first_word(gateway, ask(max_tokens=3_000, **params), who)
+        assert record.outcome == "estimated"
+        assert (record.usage.output_tokens == 3_000) == hidden
+        assert record.cost >= record.usage.output_tokens * (3_000 if price.reasoning > price.output else 2_000)
+
+
+async def test_without_any_bound_what_nobody_saw_is_estimated_at_what_was_held_for() -> None:
+    provider = ScriptedProvider(Hang(after=1, text="one two"), reasons=True)
+    async with gateway_with(provider, timeouts=Timeouts(drain=0.01), default_max_tokens=1_234) as gateway:
+        record = await left_after_the_first_word(gateway, ask(max_tokens=None), NOBODY)
+        assert record.usage.output_tokens == 1_234
+
+
+async def test_an_answer_without_usage_of_a_model_that_may_think_is_estimated_at_its_bound() -> None:
+    async with gateway_with(ScriptedProvider(Say("a", usage=None), reasons=True)) as gateway:
+        await gateway.complete(capped(), ask(max_tokens=700))
+        (record,) = (await gateway.usage()).data
+        assert (record.outcome, record.usage.output_tokens) == ("estimated", 700)
+
+
+@pytest.mark.parametrize(
+    ("model", "upstream", "reasons"),
+    [
+        ("o3", "o3", True),
+        ("gpt-5-mini", "gpt-5-mini", True),
+        ("gpt-6", "gpt-6", True),
+        ("gpt-5", "my-deployment", True),
+        ("smart", "openai/o4-mini", True),
+        ("ft:gpt-5:acme", "ft:gpt-5:acme", True),
+        ("gemini-3-pro", "gemini-3-pro", True),
+        ("deepseek-reasoner", "deepseek-reasoner", True),
+        ("gpt-4o-mini", "gpt-4o-mini", False),
+        ("gpt-4.1", "gpt-4.1", False),
+        ("llama3", "llama3", False),
+        ("proto1", "proto1", False),
+    ],
+)
+def test_models_of_openai_that_think_unasked_are_known_by_either_name(model: str, upstream: str, reasons: bool) -> None:
+    assert adapt(OpenAIProvider("key", models={model: upstream})).reasons(model, upstream) is reasons
+
+
+@pytest.mark.parametrize(
+    ("model", "reasons"),
+    [
+        ("claude-3-5-haiku-latest", False),
+        ("claude-sonnet-4-5", False),
+        ("claude-opus-4-7", False),
+        ("claude-opus-5", True),
+        ("claude-mythos-preview", True),
+        ("anything", False),
+    ],
+)
+def test_models_of_anthropic_that_think_unasked_are_known_by_name(model: str, reasons: bool) -> None:
+    assert adapt(AnthropicProvider("key")).reasons(model, model) is reasons
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"), [(True, True), (False, False), (None, False), ("yes", False), (lambda model: model == "b", True)]
+)
+def test_a_provider_of_the_hosts_own_may_say_whether_its_models_think(said: Any, expected: bool) -> None:
+    provider = ScriptedProvider()
+    provider.reasons = said
+    assert adapt(provider).reasons("a", "b") is expected

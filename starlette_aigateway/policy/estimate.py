@@ -149,22 +149,22 @@ def affordable(granted: int, input_tokens: int, n: int | None, price: Price | No
     return wanted
 
 
-def received(text_bytes: int, *, input_tokens: int, bound: int | None = None, n: int | None = None, hidden: bool = False) -> Usage:
+def received(text_bytes: int, *, input_tokens: int, bound: int | None = None, n: int | None = None, unseen: int = 0) -> Usage:
     """What was used, where the provider did not say: never less than it was, for any tokenisation that makes no more tokens than bytes.
 
     `text_bytes` are the bytes of every delta that came (text, refusals, arguments of tool calls); `input_tokens` is the input bound.
-    `bound` is the output bound in each of the `n` choices, which the provider keeps. `hidden`: the model also makes tokens that it does
-    not send (reasoning); then only the bound limits them. What a provider had made but not sent when the connection was closed is not
-    in it.
+    `bound` is the output bound in each of the `n` choices, which the provider keeps. `unseen`: the model also makes tokens that it does
+    not send (reasoning), and may have made so many in each choice by then, whatever came. What a provider had made but not sent when the
+    connection was closed is not in it.
     """
     choices = n or 1
     output = text_bytes + TOKENS_PER_CHOICE * choices
     if bound is not None:
-        output = bound * choices if hidden else min(output, bound * choices)
-    return Usage(input_tokens=input_tokens, output_tokens=output)
+        output = min(output, bound * choices)
+    return Usage(input_tokens=input_tokens, output_tokens=max(output, unseen * choices))
 
 
-def tokens_for_window(request: CompletionRequest, output_bound: int | None, *, known_size: int | None = None) -> int:
+def tokens_for_window(request: CompletionRequest, output_bound: int | None) -> int:
     """What a token window is charged when a call is let in, corrected when it is settled; at least 1.
 
     A realistic figure: bytes / 4 for the input, and `output_bound` in each choice only where the caller gave one. The window paces

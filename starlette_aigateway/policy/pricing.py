@@ -99,6 +99,11 @@ def most(input_tokens: int, output_tokens: int, price: Price | None) -> int:
     )
 
 
+def bills_reasoning(price: Price | None) -> bool:
+    """Whether the model of this price thinks: reasoning has a rate of its own."""
+    return price is not None and any(rates.reasoning != rates.output for rates in tariff(price).tiers)
+
+
 def reached(tiers: Sequence[Rates], input_tokens: int) -> Iterator[tuple[int, Rates]]:
     """The tiers that a call of at most `input_tokens` can be in, each with the most input tokens that it can have there."""
     for rates in tiers:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,6 +14,10 @@ from .http_adapter import base_url as checked_url
 
 ANTHROPIC_URL = "https://api.anthropic.com"
 ANTHROPIC_MODELS = "claude-"
+ANSWERS_AT_ONCE = re.compile(r"claude-(instant|2|3|(opus|sonnet|haiku)-4)")
+"""Families that think only when asked to; in later ones it is on by default
+(https://platform.claude.com/docs/en/build-with-claude/thinking-troubleshooting)."""
+
 ANTHROPIC_VERSION = "2023-06-01"
 PATH = "/v1/messages"
 
@@ -82,6 +87,10 @@ class AnthropicProvider(HTTPAdapter):
         if self.models is not None:
             return model in self.models
         return not self._preset or model.startswith(ANTHROPIC_MODELS)
+
+    def reasons(self, model: str) -> bool:
+        """Whether a model of this name may think without being asked to."""
+        return ANTHROPIC_MODELS in model and ANSWERS_AT_ONCE.search(model) is None
 
     def _encode(self, call: ProviderCall) -> tuple[str, bytes]:
         bound = self.max_output_tokens or anthropic_messages.DEFAULT_MAX_TOKENS

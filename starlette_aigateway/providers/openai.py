@@ -14,6 +14,13 @@ from .http_adapter import base_url as checked_url
 
 OPENAI_URL = "https://api.openai.com/v1"
 OPENAI_MODELS = re.compile(r"(ft:)?(gpt-|chatgpt-|codex-|o[1-9]\d*(-|:|$))")
+REASONING_MODELS = re.compile(
+    r"(^|[/:.])(o[1-9]\d*(-|:|$)|gpt-([5-9]|\d\d)|gpt-oss|codex-|deepseek-(r\d|reasoner)|gemini-(2\.5|[3-9])|grok-(3-mini|[4-9])|qwq|magistral)"
+    r"|reasoning|thinking",
+    re.IGNORECASE,
+)
+"""Models that think, and bill it as output, without being asked to; told to leave it, they do not always obey."""
+
 PATH = "/chat/completions"
 
 
@@ -73,6 +80,10 @@ class OpenAIProvider(HTTPAdapter):
         if self.models is not None:
             return model in self.models
         return not self._preset or OPENAI_MODELS.match(model) is not None
+
+    def reasons(self, model: str) -> bool:
+        """Whether a model of this name may think without being asked to."""
+        return REASONING_MODELS.search(model) is not None
 
     def _encode(self, call: ProviderCall) -> tuple[str, bytes]:
         return PATH, openai_chat.encode_request(call.request, stream=call.stream, max_tokens_field=self._max_tokens_field)

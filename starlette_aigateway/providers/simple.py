@@ -52,6 +52,11 @@ class RegisteredProvider(Struct, frozen=True, kw_only=True):
         knows = getattr(self.provider, "serves", None)
         return model if knows is None or knows(model) else None
 
+    def reasons(self, model: str, upstream: str) -> bool:
+        """Whether the model, by its public or its upstream's name, may make tokens that it does not send."""
+        reasons = getattr(self.provider, "reasons", False)
+        return reasons(upstream) or reasons(model) if callable(reasons) else reasons is True
+
 
 def adapt(provider: object) -> RegisteredProvider:
     """Registers a `Provider`, a `StreamingProvider` or an `Adapter`. Raises `ConfigurationError`, naming the provider and what to mend."""

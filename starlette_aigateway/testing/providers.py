@@ -67,6 +67,7 @@ class ScriptedProvider:
         timeout: float | None = None,
         max_output_tokens: int | None = None,
         bounds_output: bool = True,
+        reasons: bool = False,
         repeat: bool = False,
     ) -> None:
         self.name = name
@@ -74,6 +75,7 @@ class ScriptedProvider:
         self.timeout = timeout
         self.max_output_tokens = max_output_tokens
         self.bounds_output = bounds_output
+        self.reasons = reasons
         self.calls: list[CompletionRequest] = []
         self.closed = 0
         self._steps = list(steps)
