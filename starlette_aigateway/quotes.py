@@ -138,7 +138,7 @@ class Quotes:
         return await self._s.ledger.budgets(own, now=self._s.clock())
 
     def _targets(self, call: Call, offer: Offer, hold: Hold | None) -> tuple[QuotedTarget, ...]:
-        unbounded = openai_chat.unbounded_parameter(call.request) is not None
+        unbounded = any(True for _ in openai_chat.unbounded_parameters(call.request))
         return tuple(_quoted(call, offer, priced, hold, unbounded) for priced in offer.targets)
 
 
