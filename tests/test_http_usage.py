@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from starlette.requests import HTTPConnection
 
 from starlette_aigateway import Limits, Principal, Tenant
-from starlette_aigateway.http import usage
+from starlette_aigateway.http import sheets, usage
 from starlette_aigateway.testing.clock import FakeClock
 
 from .http_host import ACME, ALICE, ROOT, Service, service
@@ -193,9 +193,9 @@ def test_nothing_that_a_caller_chose_becomes_a_formula(host: Service) -> None:
 
 @given(st.text())
 def test_a_cell_is_never_a_formula_and_otherwise_as_it_was(text: str) -> None:
-    cell = usage._cell(text)
+    cell = sheets._cell(text)
     assert cell in (text, f"'{text}")
-    assert not (cell or "").lstrip().startswith(usage.FORMULA)
+    assert not (cell or "").lstrip().startswith(sheets.FORMULA)
 
 
 def test_a_caller_learns_its_limits_windows_and_budgets(host: Service) -> None:

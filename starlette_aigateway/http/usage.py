@@ -2,28 +2,22 @@
 
 from __future__ import annotations
 
-import csv
-import io
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
-import msgspec
 from starlette.responses import Response, StreamingResponse
 
 from ..accounts import GROUPINGS, UsageReport
 from ..administration import MAX_PAGE, page_size
 from ..errors import InvalidRequest, PermissionDenied
 from ..types import Principal
-from . import realm, shapes
+from . import realm, shapes, sheets
 from .exchange import Exchange
 from .pages import DEFAULT_LIMIT
 from .query import Query
 
 FILTERS = ("principal", "tenant", "key", "model", "since", "until")
-FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "|", "%")
 CSV = "text/csv; charset=utf-8"
-NUMBERS = frozenset({"attempt", *shapes.TOKEN_FIELDS, "cost_usd", "latency_ms"})
-"""Columns that are numbers of our own: an adjustment may be negative, and stays a number."""
 
 Read = Callable[[int, str | None], Awaitable[UsageReport]]
 
@@ -41,7 +35,7 @@ async def usage(exchange: Exchange) -> Response:
         return exchange.answer(shapes.usage_report(await read(page_size(limit or DEFAULT_LIMIT), cursor)))
     headers = {**exchange.id_headers, "cache-control": "no-store", "content-disposition": 'attachment; filename="usage.csv"'}
     if group_by:
-        return Response(_groups(await read(1, None), group_by), 200, headers, CSV)
+        return Response(sheets.groups(await read(1, None), group_by), 200, headers, CSV)
     first = await read(min(limit or MAX_PAGE, MAX_PAGE), cursor)
     return StreamingResponse(RecordPages(first, read, limit), 200, headers, CSV)
 
@@ -88,11 +82,11 @@ class RecordPages:
     async def __anext__(self) -> str:
         if self._header is not None:
             header, self._header = self._header, None
-            return _lines([header])
+            return sheets.lines([header])
         report = self._report
         if report is None:
             raise StopAsyncIteration
-        lines = _lines(_flat(shapes.record(record)) for record in report.data)
+        lines = sheets.records(report)
         self._report = await self._following(report)
         return lines
 
@@ -104,30 +98,3 @@ class RecordPages:
         if report.next_cursor is None or size < 1:
             return None
         return await self._read(size, report.next_cursor)
-
-
-def _groups(report: UsageReport, group_by: Sequence[str]) -> str:
-    rows: list[Sequence[Any]] = [(*group_by, *shapes.TOTALS_FIELDS)]
-    for group in report.groups:
-        totals = shapes.totals(group.totals)
-        rows.append((*(_cell(group.by[name]) for name in group_by), *(totals[name] for name in shapes.TOTALS_FIELDS)))
-    return _lines(rows)
-
-
-def _flat(record: Mapping[str, Any]) -> list[Any]:
-    return [record[name] if name in NUMBERS else _cell(record[name]) for name in shapes.RECORD_FIELDS]
-
-
-def _cell(value: Any) -> str | None:
-    """Text that a spreadsheet takes for text: what begins like a formula gets an apostrophe
-    (https://owasp.org/www-community/attacks/CSV_Injection)."""
-    if value is None:
-        return None
-    text = value if isinstance(value, str) else msgspec.json.encode(value).decode()
-    return f"'{text}" if text.lstrip().startswith(FORMULA) or text.startswith(FORMULA) else text
-
-
-def _lines(rows: Iterable[Sequence[Any]]) -> str:
-    written = io.StringIO()
-    csv.writer(written).writerows(rows)
-    return written.getvalue()
