@@ -52,7 +52,7 @@ def test_the_wheel_holds_the_package_its_types_and_its_licence_and_nothing_else(
     assert any(name.endswith("licenses/LICENSE") for name in names)
     assert "License-Expression: MIT" in metadata
     assert {line.partition(": ")[2] for line in metadata.splitlines() if line.startswith("Provides-Extra")} == {
-        "fast", "prices", "demo", "dev",
+        "cli", "fast", "prices", "demo", "dev",
     }  # fmt: skip
 
 
@@ -78,7 +78,14 @@ def test_a_call_works_with_nothing_but_what_the_wheel_requires(installed: Path) 
 def test_importing_loads_no_http_client_no_extra_and_no_server(installed: Path) -> None:
     code = "import sys, starlette_aigateway; print(*sorted({name.partition('.')[0] for name in sys.modules}))"
     loaded = set(run(installed, code).split())
-    assert loaded & {"aiohttp", "httpx", "httpx2", "genai_prices", "uvicorn", "rich", "pytest", "trio"} == set()
+    assert loaded & {"aiohttp", "httpx", "httpx2", "genai_prices", "uvicorn", "click", "rich", "pytest", "trio"} == set()
+
+
+def test_the_command_without_its_extra_says_how_to_install_it(installed: Path) -> None:
+    for command in ([installed.with_name("aigateway")], [installed, "-m", "starlette_aigateway"]):
+        done = subprocess.run([*command, "check"], capture_output=True, text=True, timeout=60, cwd=installed.parent)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr == "aigateway needs click and rich: pip install 'starlette_aigateway[cli]'\n"
 
 
 def test_importing_costs_less_than_half_a_second_of_cpu(installed: Path) -> None:

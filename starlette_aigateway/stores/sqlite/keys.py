@@ -57,18 +57,18 @@ class SQLiteKeyStore:
         return found.key if found.until is None or now < found.until else None
 
     async def get(self, key_id: str) -> Key | None:
-        return self._database.read(lambda connection: _select(connection, key_id))
+        return self._database.read(lambda connection: select_key(connection, key_id))
 
     async def update(self, key_id: str, changes: Mapping[str, Any]) -> Key | None:
         def change(connection: sqlite3.Connection) -> Key | None:
-            key = _select(connection, key_id)
+            key = select_key(connection, key_id)
             return None if key is None else _update(connection, keys.revised(key, changes))
 
         return await self._database.write(change)
 
     async def rotate(self, key_id: str, digest: bytes, hint: str, *, previous_until: float) -> Key | None:
         def change(connection: sqlite3.Connection) -> Key | None:
-            key = _select(connection, key_id)
+            key = select_key(connection, key_id)
             if key is None:
                 return None
             _refuse_known(connection, digest)
@@ -106,7 +106,7 @@ def _find(connection: sqlite3.Connection, digest: bytes) -> Found | None:
     return None if row is None else Found(_key(row[:-1]), row[-1])
 
 
-def _select(connection: sqlite3.Connection, key_id: str) -> Key | None:
+def select_key(connection: sqlite3.Connection, key_id: str) -> Key | None:
     row = connection.execute(f"SELECT {COLUMNS} FROM keys WHERE id = ?", (key_id,)).fetchone()  # noqa: S608  # a constant
     return None if row is None else _key(row)
 

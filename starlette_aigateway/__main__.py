@@ -1,0 +1,5 @@
+"""`python -m starlette_aigateway`: the `aigateway` command."""
+
+from .cli import main
+
+main()
