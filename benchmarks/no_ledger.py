@@ -60,6 +60,9 @@ class NoLedger:
     async def end_credit(self, credit_id: str, *, now: float) -> Credit | None:
         return None
 
+    async def credit(self, credit_id: str) -> Credit | None:
+        return None
+
     async def credits(self, scope: str | None = None, *, limit: int = 100, before: str | None = None) -> Sequence[Credit]:
         return ()
 

@@ -1,6 +1,6 @@
 """An AI gateway that lives inside your Starlette, FastAPI or Quart app."""
 
-from .accounts import Budget, UsageRecord, UsageReport
+from .accounts import Budget, Credit, UsageRecord, UsageReport
 from .caller import Caller
 from .errors import (
     AIGatewayError,
@@ -72,6 +72,7 @@ __all__ = [
     "ConfigurationError",
     "Conflict",
     "CostUnbounded",
+    "Credit",
     "IdempotencyPolicy",
     "ImageTokens",
     "InvalidRequest",

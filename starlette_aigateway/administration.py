@@ -1,37 +1,26 @@
-"""What the host does around the calls: keys, tenants, prices, prompts, usage and budgets. The HTTP admin routes do the same things."""
+"""What the host does around the calls: keys, tenants, prices, prompts. The HTTP admin routes do the same things."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timedelta
-from typing import Any, TypeAlias, TypeVar, Unpack
+from typing import Any, TypeAlias, Unpack
 
-from .accounts import (
-    GATEWAY_SCOPE,
-    Budget,
-    Finding,
-    StoredPrompt,
-    UsageQuery,
-    UsageReport,
-    principal_scope,
-    tenant_scope,
-)
-from .errors import AuthenticationError, InvalidArgument, NotFound
+from .accounts import StoredPrompt, tenant_scope
+from .bookkeeping import Bookkeeping, existing, page_size
+from .errors import AuthenticationError, InvalidArgument
 from .policy import keys as key_policy
 from .policy import prompts as prompt_policy
-from .policy.defaults import with_defaults
 from .protocols import Clock, KeyStore, Ledger, PriceStore, PromptStore, TenantStore
-from .types import KEY_ID_PREFIX, Caps, Key, LimitFields, Limits, Message, Price, Principal, Tenant, check_id, utc
+from .types import KEY_ID_PREFIX, Key, LimitFields, Limits, Message, Price, Principal, Tenant, check_id, utc
 
-T = TypeVar("T")
-MAX_PAGE = 1000
 MAX_REMEMBERED = 8192
 MAX_GRACE = 90 * 86_400
 Grace: TypeAlias = "timedelta | float"
 
 
-class Administration:
-    """Keys, tenants, prices, prompts, usage. Raises `NotFound` for what does not exist and `InvalidArgument` for what cannot be."""
+class Administration(Bookkeeping):
+    """Keys, tenants, prices, prompts. Raises `NotFound` for what does not exist and `InvalidArgument` for what cannot be."""
 
     def __init__(
         self,
@@ -45,19 +34,12 @@ class Administration:
         clock: Clock,
         random: Callable[[int], bytes],
     ) -> None:
-        self._keys = keys
+        super().__init__(keys=keys, ledger=ledger, default_limits=default_limits, clock=clock, random=random)
         self._tenants = tenants
         self._stored_prices = stored_prices
         self._prompts = prompts
-        self._ledger = ledger
-        self._default_limits = default_limits
-        self._clock = clock
-        self._random = random
         self._renderer = prompt_policy.Renderer()
         self._well_formed: set[bytes] = set()
-
-    async def ready(self) -> None:
-        """Starts what has to be started before a store is used."""
 
     # -- keys --------------------------------------------------------------------------------------------------------
 
@@ -86,7 +68,7 @@ class Administration:
 
     async def get_key(self, key_id: str) -> Key:
         await self.ready()
-        return _found(await self._keys.get(check_id(key_id, "key_id")), "key", key_id)
+        return existing(await self._keys.get(check_id(key_id, "key_id")), "key", key_id)
 
     async def list_keys(self, *, tenant: str | None = None, limit: int = 100, after: str | None = None) -> Sequence[Key]:
         """Keys in the order of their ids, at most `limit`, those after the id `after`."""
@@ -97,7 +79,7 @@ class Administration:
         """Sets the fields that are named; a limit of None is no limit. Holds from the next call on, in every worker."""
         checked = key_policy.key_changes(changes)
         await self.ready()
-        return _found(await self._keys.update(check_id(key_id, "key_id"), checked), "key", key_id)
+        return existing(await self._keys.update(check_id(key_id, "key_id"), checked), "key", key_id)
 
     async def rotate_key(self, key_id: str, *, grace: Grace = 0) -> tuple[str, Key]:
         """A new raw key for the same id. The one until now opens for `grace` more (seconds or a timedelta)."""
@@ -110,7 +92,7 @@ class Administration:
             raise InvalidArgument(f"the key {key_id} is revoked; create a new one", param="key_id")
         raw = key_policy.mint(self._random)
         key = await self._keys.rotate(key_id, key_policy.digest(raw), key_policy.hint(raw), previous_until=self._clock() + seconds)
-        return raw, _found(key, "key", key_id)
+        return raw, existing(key, "key", key_id)
 
     async def revoke_key(self, key_id: str) -> Key:
         """Closes the key from the next call on, in every worker. Revoking again changes nothing."""
@@ -118,7 +100,7 @@ class Administration:
         current = await self.get_key(key_id)
         if current.revoked_at is not None:
             return current
-        return _found(await self._keys.update(key_id, {"revoked_at": utc(self._clock())}), "key", key_id)
+        return existing(await self._keys.update(key_id, {"revoked_at": utc(self._clock())}), "key", key_id)
 
     async def authenticate(self, raw_key: str) -> Principal:
         """Who a raw key belongs to. Raises `AuthenticationError` for one that is mistyped, unknown, expired or revoked."""
@@ -153,13 +135,13 @@ class Administration:
 
     async def get_tenant(self, tenant_id: str) -> Tenant:
         await self.ready()
-        return _found(await self._tenants.get(check_id(tenant_id, "tenant_id")), "tenant", tenant_id)
+        return existing(await self._tenants.get(check_id(tenant_id, "tenant_id")), "tenant", tenant_id)
 
     async def update_tenant(self, tenant_id: str, **changes: Any) -> Tenant:
         """Sets the limits that are named; None is no limit."""
         checked = key_policy.tenant_changes(changes)
         await self.ready()
-        tenant = _found(await self._tenants.update(check_id(tenant_id, "tenant_id"), checked), "tenant", tenant_id)
+        tenant = existing(await self._tenants.update(check_id(tenant_id, "tenant_id"), checked), "tenant", tenant_id)
         await self._ledger.set_caps(tenant_scope(tenant.id), tenant.caps)
         return tenant
 
@@ -218,7 +200,7 @@ class Administration:
         """By `version`, else by `label`, else the one under `production`."""
         await self.ready()
         prompt = await self._prompts.get(name, version=version, label=label, tenant=tenant)
-        return _found(prompt, "prompt", name if version is None else f"{name}@{version}")
+        return existing(prompt, "prompt", name if version is None else f"{name}@{version}")
 
     async def list_prompts(self, *, tenant: str | None = None, limit: int = 100, after: str | None = None) -> Sequence[StoredPrompt]:
         """The highest version of each prompt that `tenant` can see."""
@@ -228,7 +210,7 @@ class Administration:
     async def prompt_versions(self, name: str, *, tenant: str | None = None) -> Sequence[StoredPrompt]:
         """All versions, newest first."""
         await self.ready()
-        return _found(await self._prompts.versions(name, tenant=tenant) or None, "prompt", name)
+        return existing(await self._prompts.versions(name, tenant=tenant) or None, "prompt", name)
 
     async def activate_prompt(
         self, name: str, version: int, *, label: str = prompt_policy.PRODUCTION, tenant: str | None = None
@@ -238,7 +220,7 @@ class Administration:
         if isinstance(version, bool) or not isinstance(version, int) or version < 1:
             raise InvalidArgument("version must be an integer of at least 1", param="version")
         await self.ready()
-        return _found(await self._prompts.move_label(name, label, version, tenant=tenant), "prompt", f"{name}@{version}")
+        return existing(await self._prompts.move_label(name, label, version, tenant=tenant), "prompt", f"{name}@{version}")
 
     async def render_prompt(
         self,
@@ -252,109 +234,3 @@ class Administration:
         """The messages that a call with this reference would send."""
         prompt = await self.get_prompt(name, version=version, label=label, tenant=tenant)
         return self._renderer.render(prompt, variables)
-
-    # -- usage and budgets -------------------------------------------------------------------------------------------
-
-    async def usage(
-        self,
-        *,
-        principal: str | None = None,
-        tenant: str | None = None,
-        key_id: str | None = None,
-        model: str | None = None,
-        since: datetime | None = None,
-        until: datetime | None = None,
-        group_by: Sequence[str] = (),
-        limit: int = 100,
-        cursor: str | None = None,
-    ) -> UsageReport:
-        """Totals and groups over what the filters match, and one page of records, newest first. The range is half-open."""
-        query = UsageQuery(
-            principal=principal,
-            tenant=tenant,
-            key_id=key_id,
-            model=model,
-            since=_seconds(since, "since"),
-            until=_seconds(until, "until"),
-            group_by=tuple(group_by),
-            limit=page_size(limit),
-            cursor=cursor,
-        )
-        await self.ready()
-        return await self._ledger.usage(query)
-
-    async def budgets(
-        self, principal: Principal | Key | str | None = None, *, tenant: Tenant | str | None = None, gateway: bool = False
-    ) -> Sequence[Budget]:
-        """Day, month and lifetime of each scope that a call of `principal` counts in: its own, its tenant's, and with `gateway` that of
-        the gateway as a whole. A key's id, a key or a principal; or a tenant alone."""
-        await self.ready()
-        scopes: dict[str, Caps | None] = {}
-        if isinstance(principal, str):
-            key = await self._keys.get(principal)
-            principal = key.principal if key is not None else Principal(principal)
-        if isinstance(principal, Key):
-            principal = principal.principal
-        if principal is not None:
-            scopes[principal_scope(principal.id)] = with_defaults(principal, self._default_limits).caps
-            tenant = principal.tenant if tenant is None else tenant
-        if isinstance(tenant, Tenant):
-            scopes[tenant_scope(tenant.id)] = tenant.caps
-        elif tenant is not None:
-            scopes[tenant_scope(tenant)] = None
-        if gateway:
-            scopes[GATEWAY_SCOPE] = None
-        return await self._ledger.budgets(scopes, now=self._clock())
-
-    async def budgets_of_keys(self, keys: Sequence[Key], *, gateway: bool = False) -> Sequence[Sequence[Budget]]:
-        """`budgets` of each key, in one question to the ledger."""
-        await self.ready()
-        of_key: list[list[str]] = []
-        caps: dict[str, Caps | None] = {GATEWAY_SCOPE: None} if gateway else {}
-        for key in keys:
-            scopes = [principal_scope(key.id)]
-            caps[scopes[0]] = with_defaults(key, self._default_limits).caps
-            if key.tenant is not None:
-                scopes.append(tenant_scope(key.tenant))
-                caps[scopes[1]] = None
-            of_key.append([*scopes, GATEWAY_SCOPE] if gateway else scopes)
-        return await self._budgets_by_scope(of_key, caps)
-
-    async def budgets_of_tenants(self, tenants: Sequence[Tenant]) -> Sequence[Sequence[Budget]]:
-        """`budgets` of each tenant, in one question to the ledger."""
-        await self.ready()
-        scopes = [tenant_scope(tenant.id) for tenant in tenants]
-        return await self._budgets_by_scope(
-            [[scope] for scope in scopes], dict(zip(scopes, (tenant.caps for tenant in tenants), strict=True))
-        )
-
-    async def _budgets_by_scope(self, wanted: Sequence[Sequence[str]], caps: Mapping[str, Caps | None]) -> Sequence[Sequence[Budget]]:
-        by_scope: dict[str, list[Budget]] = {}
-        for budget in await self._ledger.budgets(caps, now=self._clock()):
-            by_scope.setdefault(budget.scope, []).append(budget)
-        return [[budget for scope in scopes for budget in by_scope[scope]] for scopes in wanted]
-
-    async def check_ledger(self) -> Sequence[Finding]:
-        """Verifies the invariants of the ledger over everything stored; empty when they hold."""
-        await self.ready()
-        return await self._ledger.check()
-
-
-def page_size(limit: Any) -> int:
-    if isinstance(limit, bool) or not isinstance(limit, int) or not 1 <= limit <= MAX_PAGE:
-        raise InvalidArgument(f"limit must be an integer between 1 and {MAX_PAGE}", param="limit")
-    return limit
-
-
-def _found(value: T | None, what: str, name: str) -> T:
-    if value is None:
-        raise NotFound(f"there is no {what} {name!r}", code=f"{what}_not_found")
-    return value
-
-
-def _seconds(moment: datetime | None, name: str) -> float | None:
-    if moment is None:
-        return None
-    if not isinstance(moment, datetime) or moment.tzinfo is None:
-        raise InvalidArgument(f"{name} must be an aware datetime", param=name)
-    return moment.timestamp()

@@ -13,11 +13,14 @@ from msgspec.structs import replace
 from .accounts import GATEWAY_SCOPE, ScopeClaim, principal_scope, tenant_scope
 from .answers import Answers
 from .calls import Bill, Call, Done, Offer, PricedTarget
-from .errors import AIGatewayError, CostUnbounded, NotFound, PriceUnknown, ProviderError
+from .errors import AIGatewayError, CostUnbounded, InvalidRequest, NotFound, PriceUnknown, ProviderError, RateLimitExceeded
+from .events import CallTolerated
 from .policy import caching, estimate, keys, models, pricing, prompts, routing
 from .policy.defaults import with_defaults
 from .policy.routing import Plan
 from .policy.windows import WindowClaim
+from .prices import Price
+from .providers.simple import RegisteredProvider
 from .services import Services
 from .types import CallOptions, CompletionRequest, Limits, Principal, Tenant, WindowState
 from .wires import openai_chat
@@ -67,8 +70,19 @@ class Admission:
     ) -> Call:
         """Renders, plans, authorizes, looks the answer up and limits; what comes out may be answered."""
         call = await self.asked(principal, request, options, request_id, stream=stream, bill=bill)
-        windows = await self._s.limiter.admit(call.claims)
+        try:
+            windows = await self._s.limiter.admit(call.claims)
+        except (RateLimitExceeded, InvalidRequest) as refusal:
+            if self._s.enforce:
+                raise
+            self._tolerate(call, refusal.code)
+            windows = await self._s.limiter.peek(call.claims)
+            call = replace(call, claims=(), would_refuse=refusal.code)
         return replace(call, windows=windows, admitted_at=self._s.clock())
+
+    def _tolerate(self, call: Call, code: str) -> None:
+        """Limits are only reported: the call goes on, and observers hear which refusal it would have got."""
+        self._s.emit(CallTolerated(request_id=call.request_id, principal=call.principal.id, model=call.plan.model, code=code))
 
     async def asked(
         self,
@@ -172,32 +186,35 @@ class Admission:
 
     async def offer(self, call: Call) -> Offer:
         try:
-            return await self.priced(call)
+            offer = await self.priced(call)
         except AIGatewayError as error:
             await self.give_tokens_back(call, error)
             raise
+        if offer.would_refuse is not None and call.would_refuse is None:
+            self._tolerate(call, offer.would_refuse)
+        return offer
 
     async def priced(self, call: Call) -> Offer:
         """The targets with their prices and with what each has to hold. Under a cap, those that cannot be held are left out. Raises
-        `CostUnbounded` and `PriceUnknown` where none is left."""
+        `CostUnbounded` and `PriceUnknown` where none is left; where limits are only reported, the offer says so."""
         plan, request = call.plan, call.request
         capped = any(owner.capped for _, owner in call.owners)
-        if capped:
-            self._refuse_unbounded(request)
+        obstacle: AIGatewayError | None = self._unbounded(request) if capped else None
+        if obstacle is not None and self._s.enforce:
+            raise obstacle
         images = openai_chat.images(request, self._s.image_tokens)
         input_tokens = estimate.input_bound(request, extra=images.tokens - images.bytes)
         thinks = openai_chat.asks_for_reasoning(request)
         stored = await self._s.stored_prices.all()
         priced = []
-        unbounded = 0
+        obstacles: list[AIGatewayError] = []
         for target in plan.targets:
             provider = self._s.providers[target.provider]
             price = self._s.prices.lookup(target.provider, target.upstream, plan.model, stored)
-            if capped and price is None:
-                continue
-            if capped and not provider.bounds_output and provider.max_output_tokens is None:
-                unbounded += 1
-                continue
+            if capped and (found := _obstacle(plan.model, provider, price)) is not None:
+                obstacles.append(found)
+                if self._s.enforce:
+                    continue
             ask = estimate.ask(
                 request,
                 input_tokens,
@@ -208,25 +225,29 @@ class Admission:
             )
             hidden = thinks or provider.reasons(plan.model, target.upstream) or pricing.bills_reasoning(price)
             priced.append(PricedTarget(target, provider, price, ask, hidden))
-        if priced:
-            return Offer(targets=tuple(priced), scopes=scopes(call), input_tokens=input_tokens, bounded=capped)
-        if unbounded:
-            raise CostUnbounded(
-                f"no provider of {plan.model!r} can bound its output, and this account has a spend cap; the host may give the provider "
-                "max_output_tokens",
-                param="model",
-            )
-        raise PriceUnknown(f"the host has set no price for the model {plan.model!r}, and this account has a spend cap", param="model")
+        if obstacle is None and len(obstacles) == len(plan.targets):
+            obstacle = next((one for one in obstacles if isinstance(one, CostUnbounded)), obstacles[0])
+            if self._s.enforce:
+                raise obstacle
+        return Offer(
+            targets=tuple(priced),
+            scopes=scopes(call),
+            input_tokens=input_tokens,
+            bounded=capped and self._s.enforce,
+            enforce=self._s.enforce,
+            would_refuse=call.would_refuse or (None if obstacle is None else obstacle.code),
+        )
 
-    def _refuse_unbounded(self, request: CompletionRequest) -> None:
+    def _unbounded(self, request: CompletionRequest) -> CostUnbounded | None:
         for parameter in openai_chat.unbounded_parameters(request):
             kind = openai_chat.kind_of(parameter)
             if kind not in self._s.allow_unbounded:
-                raise CostUnbounded(
+                return CostUnbounded(
                     f"{parameter} has no upper bound of cost, and this account has a spend cap; leave it out, or have the host allow it "
                     f"with allow_unbounded={{{kind!r}}}",
                     param=parameter,
                 )
+        return None
 
     async def give_tokens_back(self, call: Call, error: AIGatewayError) -> None:
         """A call that used nothing leaves the windows of tokens as they were. What may have been billed stays counted as estimated."""
@@ -237,6 +258,19 @@ class Admission:
         if done.record is not None:
             usage = done.record.usage
             await self._s.limiter.correct(call.claims, usage.input_tokens + usage.output_tokens, admitted_at=call.admitted_at)
+
+
+def _obstacle(model: str, provider: RegisteredProvider, price: Price | None) -> AIGatewayError | None:
+    """Why the worst case of a target is not known, so that no cap can be held at it."""
+    if price is None:
+        return PriceUnknown(f"the host has set no price for the model {model!r}, and this account has a spend cap", param="model")
+    if provider.bounds_output or provider.max_output_tokens is not None:
+        return None
+    return CostUnbounded(
+        f"no provider of {model!r} can bound its output, and this account has a spend cap; the host may give the provider "
+        "max_output_tokens",
+        param="model",
+    )
 
 
 def scopes(call: Call) -> tuple[ScopeClaim, ...]:

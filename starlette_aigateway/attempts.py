@@ -18,7 +18,7 @@ from .attempt import Attempt, Pulse, ReaderLeft, lease
 from .background import Job, shut_down
 from .calls import Call, Done, Offer
 from .errors import NoProviderAvailable, ProviderError, ProviderRejected, SpendCapExceeded
-from .events import AttemptFailed, Event
+from .events import AttemptFailed, CallTolerated, Event
 from .holds import Holds
 from .policy import keys, metering
 from .policy.routing import Circuit, Failure, GiveUp, RetryPolicy, Target, Try, ails, next_step
@@ -176,6 +176,9 @@ class Attempts:
         if job.abandoned:
             await self._holds.release(job, hold)
             raise shut_down()
+        if hold.would_refuse is not None and request.would_refuse is None:
+            code = hold.would_refuse
+            self._emit(CallTolerated(request_id=call.request_id, principal=call.principal.id, model=call.plan.model, code=code))
         return Attempt(call, offer, priced, request.attempt, hold, self._timeouts)
 
     async def _failed(self, job: Job[Done], attempt: Attempt, error: ProviderError) -> Hold | None:

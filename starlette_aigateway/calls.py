@@ -31,12 +31,15 @@ class PricedTarget(Struct, frozen=True):
 
 class Offer(Struct, frozen=True, kw_only=True):
     """What a call may cost at each of its targets, and the `scopes` that pay. `input_tokens` is the upper bound of its input; `bounded`
-    says that the output of every attempt is to be bounded, since a cap has to be held."""
+    says that the output of every attempt is to be bounded, since a cap has to be held. Without `enforce` limits are only reported, and
+    `would_refuse` is the code of the refusal that the call has passed over."""
 
     targets: tuple[PricedTarget, ...]
     scopes: tuple[ScopeClaim, ...]
     input_tokens: int
     bounded: bool
+    enforce: bool = True
+    would_refuse: str | None = None
 
     def at(self, target: Target) -> PricedTarget:
         return next(priced for priced in self.targets if priced.target == target)
@@ -76,6 +79,8 @@ class Offer(Struct, frozen=True, kw_only=True):
             expires_at=expires_at,
             prompt=call.prompt,
             tags=call.options.tags,
+            enforce=self.enforce,
+            would_refuse=self.would_refuse,
         )
 
 
@@ -91,7 +96,8 @@ class Bill:
 
 class Call(Struct, frozen=True, kw_only=True):
     """A call that was let in. `owners` are the scopes whose limits hold for it; `started` and `deadline` are on the monotonic clock,
-    `admitted_at` is Unix seconds; `stored` is the cached answer to it."""
+    `admitted_at` is Unix seconds; `stored` is the cached answer to it. `would_refuse` is the code of a window's refusal that was only
+    reported."""
 
     request_id: str
     principal: Principal
@@ -109,6 +115,7 @@ class Call(Struct, frozen=True, kw_only=True):
     deadline: float
     prompt: str | None
     bill: Bill | None = None
+    would_refuse: str | None = None
 
     @property
     def created(self) -> int:

@@ -36,6 +36,7 @@ from .observing import Observers
 from .outbox import Outbox
 from .pipeline import Pipeline
 from .policy import keys as key_policy
+from .policy.budgets import THRESHOLDS, check_thresholds
 from .policy.caching import CachePolicy
 from .policy.estimate import MIN_OUTPUT_TOKENS
 from .policy.idempotency import IdempotencyPolicy
@@ -90,6 +91,10 @@ class AIGateway(Administration):
     way. Beyond that, and with `"cancel"` at once, the upstream is closed and the conservative estimate is booked: the bound of the input
     and the output that came (`estimated`), or the full hold where nothing came or a whole answer was asked for (`ambiguous`).
 
+    With `enforce=False` limits are only reported: calls go on, everything is booked, and what a limit, a cap or an unknown cost would have
+    refused is marked with the refusal's code (`would_refuse` in usage records, the event `CallTolerated`). Observers hear when what a
+    scope has spent reaches one of the `budget_thresholds`, in percent of its cap.
+
     Constructing opens nothing and creates nothing. Raises `ConfigurationError` and `InvalidArgument`, naming the argument.
     """
 
@@ -122,6 +127,8 @@ class AIGateway(Administration):
         allow_unbounded: Iterable[str] = (),
         image_tokens: ImageTokens | None = None,
         limiter_fail_open: bool = False,
+        enforce: bool = True,
+        budget_thresholds: Sequence[int] = THRESHOLDS,
         max_body_bytes: int = MAX_BODY_BYTES,
         on_disconnect: OnDisconnect = "drain",
         max_drain_bytes: int = MAX_DRAIN_BYTES,
@@ -139,7 +146,7 @@ class AIGateway(Administration):
                 param="data_dir",
             )
         self.name = name
-        self._ledger_store: Ledger = ledger or embedded.ledger()
+        self._ledger_store: Ledger = ledger or embedded.ledger(check_thresholds(budget_thresholds))
         super().__init__(
             keys=keys or embedded.keys(),
             tenants=tenants or embedded.tenants(),
@@ -154,6 +161,7 @@ class AIGateway(Administration):
         self._embedded = embedded if data_dir is not None else None
         self._providers: dict[str, RegisteredProvider] = {}
         self._observers = Observers(observers)
+        self._ledger_store.listen(self._observers.emit)
         self._ids = Pool(random)
         self._public_prices = PublicPrices(clock=clock) if public_prices else None
         self._background = Background(
@@ -193,6 +201,7 @@ class AIGateway(Administration):
                 min_output_tokens=_positive(min_output_tokens, "min_output_tokens") or MIN_OUTPUT_TOKENS,
                 allow_unbounded=frozenset(allow_unbounded),
                 image_tokens=_image_tokens(image_tokens),
+                enforce=enforce,
                 idempotency=Idempotency(
                     self._idempotency, idempotency_policy or IdempotencyPolicy(), clock=clock, random=random, timeouts=timeouts
                 ),
@@ -410,8 +419,8 @@ class Embedded:
     def prompts(self) -> PromptStore:
         return SQLitePromptStore(self._config)
 
-    def ledger(self) -> Ledger:
-        return SQLiteLedger(self.directory / "ledger.db", timeout=self._timeouts.storage)
+    def ledger(self, thresholds: Sequence[int]) -> Ledger:
+        return SQLiteLedger(self.directory / "ledger.db", timeout=self._timeouts.storage, thresholds=thresholds)
 
     def responses(self) -> ResponseCache:
         return DiskResponseCache(self.directory / "cache", size_limit=self._cache.size_limit_bytes, clock=self._clock)

@@ -224,6 +224,7 @@ class Pipeline:
             latency_ms=round((monotonic() - call.started) * 1000),
             prompt=call.prompt,
             tags=call.options.tags,
+            would_refuse=call.would_refuse,
         )
         await self._s.ledger.record(record)
         self._s.emit(CallRecorded(record=record))

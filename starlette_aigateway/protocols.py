@@ -134,6 +134,8 @@ class Ledger(Protocol):
     async def end_credit(self, credit_id: str, *, now: float) -> Credit | None:
         """Ends a credit early; what was spent of it stays spent. Of one that has ended nothing happens. None: there is none of that id."""
 
+    async def credit(self, credit_id: str) -> Credit | None: ...
+
     async def credits(self, scope: str | None = None, *, limit: int = 100, before: str | None = None) -> Sequence[Credit]:
         """Credits of a scope, or all, ended ones too, in the descending order of their ids, those below the id `before`."""
 

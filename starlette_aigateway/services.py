@@ -45,4 +45,5 @@ class Services:
     min_output_tokens: int
     allow_unbounded: frozenset[str]
     image_tokens: ImageTokens
+    enforce: bool
     idempotency: Idempotency

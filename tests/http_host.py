@@ -43,6 +43,7 @@ class Service:
     gateway: AIGateway
     acted: list[AdminActed] = field(default_factory=list)
     key_id: str = "key_none"
+    credit_id: str = "crd_none"
 
     def call(self, method: str, path: str, headers: dict[str, str] | None = None, **more: Any) -> httpx.Response:
         return self.client.request(method, path, headers=ROOT if headers is None else headers, **more)
@@ -98,6 +99,8 @@ def furnish(service: Service) -> dict[str, str]:
     service.call("PUT", "/prices", json={"model": "echo", "provider": "echo", "price": {"input": 1, "output": "2"}}).raise_for_status()
     service.complete(headers).raise_for_status()
     service.key_id = key["id"]
+    credit = {"principal": service.key_id, "amount_usd": "5", "expires_at": "2126-01-31T12:00:00Z", "note": "a busy week"}
+    service.credit_id = service.call("POST", "/credits", json=credit).raise_for_status().json()["id"]
     return headers
 
 
@@ -126,6 +129,10 @@ EXAMPLES: dict[tuple[str, str], Example] = {
     ("POST", "/prompts/{name}/render"): Example("/prompts/greet/render", body={"variables": {"name": "Ada"}}),
     ("GET", "/prices"): Example(),
     ("PUT", "/prices"): Example(body={"model": "other", "price": {"input": "0.15", "output": "0.6", "cache_read": "0.05"}}),
+    ("GET", "/credits"): Example(query={"tenant": "acme"}),
+    ("POST", "/credits"): Example(body={"tenant": "acme", "amount_usd": "2.5", "expires_at": "2126-01-31T12:00:00Z"}),
+    ("GET", "/credits/{id}"): Example(),
+    ("DELETE", "/credits/{id}"): Example(),
     ("GET", "/usage"): Example(query={"group_by": "day,model", "since": "2020-01-01"}),
     ("GET", "/healthz"): Example(),
     ("GET", "/readyz"): Example(),
@@ -133,9 +140,14 @@ EXAMPLES: dict[tuple[str, str], Example] = {
 }  # fmt: skip
 
 
+def path_of(service: Service, route: Route) -> str:
+    """The path of the example request of `route`."""
+    some_id = service.credit_id if route.path.startswith("/credits") else service.key_id
+    return EXAMPLES[route.method, route.path].path or route.path.replace("{id}", some_id)
+
+
 def send(service: Service, route: Route, headers: dict[str, str]) -> httpx.Response:
     """The example request of `route`, by whoever has `headers`."""
     example = EXAMPLES[route.method, route.path]
-    path = example.path or route.path.replace("{id}", service.key_id)
     body = {} if example.body is None else {"json": example.body}
-    return service.call(route.method, path, headers, params=example.query, **body)
+    return service.call(route.method, path_of(service, route), headers, params=example.query, **body)

@@ -13,7 +13,7 @@ from starlette_aigateway import StorageUnavailable, money
 from starlette_aigateway.http.routes import ROUTES
 from starlette_aigateway.providers import EchoProvider
 
-from .http_host import ALICE, EXAMPLES, ROOT, Service, furnish, service
+from .http_host import ALICE, ROOT, Service, furnish, path_of, service
 
 
 @pytest.fixture(scope="module")
@@ -311,6 +311,77 @@ def test_a_bad_prompt_is_400_and_its_place_is_named(shared: Service, path: str, 
     assert told(shared.call("POST", path, json=body)) == (400, "invalid_request", param)
 
 
+# -- credits ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_credit_lets_a_key_pass_its_cap_until_it_ends(host: Service) -> None:
+    headers, key = host.key(monthly_cap_usd="0.0000001", hard_cap_usd="0.0000001")
+    assert host.complete(headers).status_code == 402
+    body = {"principal": key["id"], "amount_usd": "3.25", "expires_at": "2126-01-31T12:00:00Z", "note": "the launch"}
+    given = host.call("POST", "/credits", json=body)
+    assert given.status_code == 201
+    credit = given.json()
+    assert credit["ended_at"] is None
+    assert (credit["scope"], credit["principal"], credit["tenant"]) == ("principal", key["id"], None)
+    assert (credit["amount_usd"], credit["note"], credit["expires_at"]) == ("3.25", "the launch", "2126-01-31T12:00:00Z")
+    assert host.complete(headers).status_code == 200
+    budgets = {budget["window"]: budget for budget in host.call("GET", "/me", headers).json()["budgets"]}
+    assert (budgets["month"]["credit_usd"], budgets["day"]["credit_usd"]) == ("3.25", "0")
+    ended = host.call("DELETE", f"/credits/{credit['id']}").json()
+    assert ended["ended_at"] is not None
+    assert host.call("DELETE", f"/credits/{credit['id']}").json() == ended, "ending it again changes nothing"
+    assert (
+        host.call("POST", "/complete", headers, json={"model": "echo", "messages": [{"role": "user", "content": "more"}]}).status_code
+        == 402
+    )
+    assert [(event.action, event.subject) for event in host.acted[-2:]] == [("credit.add", credit["id"]), ("credit.end", credit["id"])]
+
+
+def test_credits_are_listed_newest_first_page_by_page(host: Service) -> None:
+    made = [
+        host.call("POST", "/credits", json={"tenant": f"t{number % 2}", "amount_usd": 1, "expires_at": "2126-01-31T12:00:00Z"}).json()["id"]
+        for number in range(5)
+    ]
+    page = host.call("GET", "/credits?limit=2").json()
+    assert ([one["id"] for one in page["data"]], page["has_more"]) == ([made[4], made[3]], True)
+    page = host.call("GET", f"/credits?limit=5&cursor={page['next_cursor']}").json()
+    assert ([one["id"] for one in page["data"]], page["has_more"]) == ([made[2], made[1], made[0]], False)
+    assert [one["id"] for one in host.call("GET", "/credits?tenant=t1").json()["data"]] == [made[3], made[1]]
+    assert host.call("GET", "/credits?gateway=true").json()["data"] == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "param"),
+    [
+        ({"amount_usd": 0}, "amount"),
+        ({"amount_usd": 0.5}, "amount"),
+        ({"amount_usd": "-1"}, "amount"),
+        ({"amount_usd": None}, "amount_usd"),
+        ({"expires_at": "2001-01-01T00:00:00Z"}, "expires"),
+        ({"expires_at": "tomorrow"}, "expires_at"),
+        ({"expires_at": None}, "expires_at"),
+        ({"expires_at": 7}, "expires_at"),
+        ({"note": "x" * 1001}, "note"),
+        ({"note": 5}, "note"),
+        ({"tenant": "acme"}, "principal"),
+        ({"principal": None}, "principal"),
+        ({"principal": 5}, "principal"),
+        ({"gateway": "yes"}, "gateway"),
+        ({"surely": "not"}, "surely"),
+    ],
+)
+def test_a_credit_that_makes_no_sense_is_refused_with_the_field(shared: Service, changes: dict[str, Any], param: str) -> None:
+    body = {"principal": "alice", "amount_usd": "1", "expires_at": "2126-01-31T12:00:00Z"} | changes
+    assert told(shared.call("POST", "/credits", json=body)) == (400, "invalid_request", param)
+
+
+def test_a_credit_for_a_key_that_does_not_exist_is_404(shared: Service) -> None:
+    body = {"principal": "key_nobody", "amount_usd": "1", "expires_at": "2126-01-31T12:00:00Z"}
+    assert shared.call("POST", "/credits", json=body).json()["error"]["code"] == "key_not_found"
+    assert shared.call("GET", "/credits/crd_none").json()["error"]["code"] == "credit_not_found"
+    assert shared.call("DELETE", "/credits/crd_none").json()["error"]["code"] == "credit_not_found"
+
+
 # -- prices and models -----------------------------------------------------------------------------------------------
 
 
@@ -412,7 +483,7 @@ def test_every_change_is_told_to_observers_and_to_the_log_with_its_actor_and_no_
     headers = furnish(host)
     for route in ROUTES:
         if route.guard == "admin" and route.method == "GET":
-            host.call("GET", EXAMPLES["GET", route.path].path or route.path.replace("{id}", host.key_id)).raise_for_status()
+            host.call("GET", path_of(host, route)).raise_for_status()
     host.call("PATCH", "/tenants/acme", json={"daily_cap_usd": 1}).raise_for_status()
     host.call("PATCH", f"/keys/{host.key_id}", json={}).raise_for_status()  # changes nothing
     host.call("PATCH", f"/keys/{host.key_id}", json={"name": "x"}).raise_for_status()
@@ -420,7 +491,13 @@ def test_every_change_is_told_to_observers_and_to_the_log_with_its_actor_and_no_
     host.call("DELETE", f"/keys/{host.key_id}").raise_for_status()
     host.call("POST", "/prompts/greet/activate", json={"version": 1}).raise_for_status()
     done = [("key.create", host.key_id), ("tenant.save", "acme"), ("prompt.save", "greet@1"), ("price.set", "echo/echo")]
-    done += [("tenant.update", "acme"), ("key.update", host.key_id), ("key.rotate", host.key_id), ("key.revoke", host.key_id)]
+    done += [
+        ("credit.add", host.credit_id),
+        ("tenant.update", "acme"),
+        ("key.update", host.key_id),
+        ("key.rotate", host.key_id),
+        ("key.revoke", host.key_id),
+    ]
     done += [("prompt.activate", "greet@1")]
     logged = [record.getMessage() for record in caplog.records if record.name == "starlette_aigateway" and "admin" in record.getMessage()]
     assert len(logged) == len(done)

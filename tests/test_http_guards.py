@@ -75,6 +75,9 @@ def test_a_data_key_is_never_an_admin_key_whatever_the_host_says_about_the_rest(
     assert {record["key_id"] for record in own["data"]} == {host.key_id}
 
 
+FURNISHED = {"key.create", "tenant.save", "prompt.save", "price.set", "credit.add"}
+
+
 def test_a_cookie_login_changes_things_only_from_the_hosts_own_pages(host: Service) -> None:
     furnish(host)
     elsewhere = ROOT | {"cookie": "session=1", "origin": "https://evil.example"}
@@ -85,7 +88,7 @@ def test_a_cookie_login_changes_things_only_from_the_hosts_own_pages(host: Servi
             assert answer.status_code == 200
         else:
             assert (answer.status_code, answer.json()["error"]["code"]) == (403, "foreign_origin"), name_of(route)
-    assert {event.action for event in host.acted} == {"key.create", "tenant.save", "prompt.save", "price.set"}, "only what `furnish` did"
+    assert {event.action for event in host.acted} == FURNISHED, "only what `furnish` did"
     assert host.call("PATCH", f"/keys/{host.key_id}", own, json={"name": "renamed"}).status_code == 200
 
 
@@ -160,12 +163,17 @@ def test_a_method_that_a_route_does_not_take_is_405_and_says_which_it_takes(host
     assert host.call("GET", "/nowhere").status_code == 404
 
 
+CREDIT = {"amount_usd": "5", "expires_at": "2126-01-31T12:00:00Z"}
+
+
 def test_an_administrator_of_a_tenant_reaches_no_other_tenants_things(host: Service) -> None:
     furnish(host)  # acme's key
     _, foreign = host.key(tenant="umbrella", name="theirs")
     _, homeless = host.key(name="nobody's")
     host.call("PUT", "/tenants/umbrella", json={}).raise_for_status()
     host.call("POST", "/prompts?tenant=umbrella", json={"name": "theirs", "messages": "secret plan"}).raise_for_status()
+    theirs = host.call("POST", "/credits", json={**CREDIT, "principal": foreign["id"]}).json()["id"]
+    tenants_own = host.call("POST", "/credits", json={**CREDIT, "tenant": "acme"}).json()["id"]
     for key in (foreign["id"], homeless["id"]):
         attempts: list[Attempt] = [("GET", "", None), ("PATCH", "", {"name": "mine"}), ("DELETE", "", None), ("POST", "/rotate", {})]
         for method, path, body in attempts:
@@ -185,6 +193,15 @@ def test_an_administrator_of_a_tenant_reaches_no_other_tenants_things(host: Serv
         ("GET", "/prompts/greet", None),
         ("POST", "/prompts/greet/activate", {"version": 1}),
         ("POST", "/prompts/greet/render", {"variables": {"name": "Ada"}}),
+        ("GET", "/credits?tenant=umbrella", None),
+        ("GET", "/credits?gateway=true", None),
+        ("GET", f"/credits?principal={foreign['id']}", None),
+        ("GET", f"/credits/{theirs}", None),
+        ("DELETE", f"/credits/{theirs}", None),
+        ("POST", "/credits", {**CREDIT, "principal": foreign["id"]}),
+        ("POST", "/credits", {**CREDIT, "principal": "somebody"}),
+        ("POST", "/credits", {**CREDIT, "tenant": "umbrella"}),
+        ("POST", "/credits", {**CREDIT, "gateway": True}),
         ("GET", "/prices", None),
         ("PUT", "/prices", {"model": "echo", "price": None}),
     ]
@@ -196,6 +213,8 @@ def test_an_administrator_of_a_tenant_reaches_no_other_tenants_things(host: Serv
         ("PUT", "/tenants/acme", {"daily_cap_usd": 1000}),
         ("PATCH", "/tenants/acme", {"daily_cap_usd": None}),
         ("PATCH", f"/keys/{host.key_id}", {"tenant": None}),
+        ("POST", "/credits", {**CREDIT, "tenant": "acme"}),
+        ("DELETE", f"/credits/{tenants_own}", None),
     ]
     for method, path, body in forbidden:
         assert host.call(method, path, ACME, json=body).status_code == 403
@@ -226,7 +245,40 @@ def test_an_administrator_of_a_tenant_sees_and_changes_what_is_its_own(host: Ser
     assert host.call("GET", "/tenants", {"x-admin": "never-saved"}).json()["data"] == []
 
 
-STORE_VERBS = {"add", "all", "budgets", "get", "list", "move_label", "ping", "put", "rotate", "set_caps", "update", "usage", "versions"}
+def test_an_administrator_of_a_tenant_gives_credits_to_its_keys(host: Service) -> None:
+    furnish(host)
+    given = host.call("POST", "/credits", ACME, json={**CREDIT, "principal": host.key_id}).json()
+    assert (given["actor"], given["principal"], given["amount_usd"]) == ("acme", host.key_id, "5")
+    listed = host.call("GET", f"/credits?principal={host.key_id}", ACME).json()["data"]
+    assert [one["id"] for one in listed] == [given["id"], host.credit_id]
+    assert host.call("GET", "/credits", ACME).json()["data"] == [], "of the tenant itself there are none"
+    assert host.call("GET", f"/credits/{given['id']}", ACME).json() == given
+    assert host.call("DELETE", f"/credits/{given['id']}", ACME).json()["ended_at"] is not None
+    assert [(event.action, event.subject) for event in host.acted if event.actor == "acme"] == [
+        ("credit.add", given["id"]),
+        ("credit.end", given["id"]),
+    ]
+
+
+STORE_VERBS = {
+    "add",
+    "add_credit",
+    "all",
+    "budgets",
+    "credit",
+    "credits",
+    "end_credit",
+    "get",
+    "list",
+    "move_label",
+    "ping",
+    "put",
+    "rotate",
+    "set_caps",
+    "update",
+    "usage",
+    "versions",
+}
 
 
 def test_with_the_stores_down_every_admin_route_is_503_and_says_when_to_come_back(host: Service, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -65,7 +65,7 @@ def test_a_record_tells_who_what_when_and_at_which_price(host: Service) -> None:
             "input": "1", "output": "2", "cache_read": "1", "cache_write": "1", "cache_write_1h": "1", "reasoning": "2", "request": "0",
             "tiers": [],
         },
-        "outcome": "completed", "cached": False, "latency_ms": 0, "prompt": "greet@1", "tags": {},
+        "outcome": "completed", "cached": False, "latency_ms": 0, "prompt": "greet@1", "tags": {}, "would_refuse": None,
     }  # fmt: skip
     assert record["id"].startswith("use_")
 
@@ -215,7 +215,7 @@ def test_a_caller_learns_its_limits_windows_and_budgets(host: Service) -> None:
     budgets = {(budget["scope"], budget["window"]): budget for budget in me["budgets"]}
     assert budgets["principal", "day"] == {
         "scope": "principal", "window": "day", "period": "2026-01-31",
-        "cap_usd": "0.5", "spent_usd": "0.000009", "held_usd": "0", "remaining_usd": "0.499991",
+        "cap_usd": "0.5", "credit_usd": "0", "spent_usd": "0.000009", "held_usd": "0", "remaining_usd": "0.499991",
     }  # fmt: skip
     assert budgets["tenant", "total"]["cap_usd"] == "7"
     assert {scope for scope, _ in budgets} == {"principal", "tenant"}

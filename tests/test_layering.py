@@ -24,8 +24,8 @@ LAYERS: tuple[dict[str, set[str]], ...] = (
     },
     {
         "pipeline": {
-            "administration", "admission", "answers", "attempt", "attempts", "background", "calls", "channel", "drains", "flights", "holds",
-            "idempotency", "lifecycle", "observing", "outbox", "pipeline", "quotes", "replay", "services", "streams",
+            "administration", "admission", "answers", "attempt", "attempts", "background", "bookkeeping", "calls", "channel", "drains",
+            "flights", "holds", "idempotency", "lifecycle", "observing", "outbox", "pipeline", "quotes", "replay", "services", "streams",
         }
     },
     {"http": {"http"}},

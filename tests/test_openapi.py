@@ -18,7 +18,7 @@ from starlette_aigateway.http import openapi
 from starlette_aigateway.http.router import Route
 from starlette_aigateway.http.routes import ROUTES
 
-from .http_host import ALICE, EXAMPLES, MESSAGES, ROOT, Service, furnish, send, service, settings
+from .http_host import ALICE, EXAMPLES, MESSAGES, ROOT, Service, furnish, path_of, send, service, settings
 from .serving import serve
 
 PACKAGE = Path(openapi.__file__).parents[1]
@@ -86,7 +86,7 @@ def test_a_real_answer_of_every_route_fits_the_document(host: Service, document:
 def test_real_refusals_of_every_route_fit_the_document(host: Service, document: Document, route: Route) -> None:
     key = furnish(host)
     who = key if route.guard == "caller" else ROOT
-    path = EXAMPLES[route.method, route.path].path or route.path.replace("{id}", host.key_id)
+    path = path_of(host, route)
     if route.guard == "admin":
         check(document, route, send(host, route, {}))
     elif route.guard != "open":

@@ -8,7 +8,7 @@ from importlib.metadata import version
 from typing import Any
 
 from ..accounts import GROUPINGS
-from ..administration import MAX_PAGE
+from ..bookkeeping import MAX_PAGE
 from ..errors import AIGatewayError
 from ..policy.idempotency import MAX_KEY_LENGTH
 from .errors import STATUS
@@ -30,7 +30,7 @@ MORE_CODES: dict[int, tuple[str, ...]] = {
     400: ("invalid_json", "request_too_large_for_limit"),
     401: ("invalid_api_key",),
     403: ("model_not_allowed", "foreign_origin"),
-    404: ("key_not_found", "model_not_found", "prompt_not_found", "tenant_not_found"),
+    404: ("credit_not_found", "key_not_found", "model_not_found", "prompt_not_found", "tenant_not_found"),
     409: ("idempotency_answer_not_kept", "idempotency_in_progress"),
     422: ("idempotency_key_reused", "missing_variable", "prompt_render_failed"),
     503: ("login_unavailable",),
@@ -61,6 +61,7 @@ PARAMETERS: dict[str, tuple[str, Schema]] = {
     "version": ("this version", {"type": "integer", "minimum": 1}),
     "label": ("the version under this label", {"type": "string"}),
     "principal": ("of this principal", {"type": "string"}),
+    "gateway": ("`true`: of the gateway as a whole", {"enum": ["false", "true"], "default": "false"}),
     "key": ("of the key with this id", {"type": "string"}),
     "model": ("of this model", {"type": "string"}),
     "since": ("from this moment on (RFC 3339, or a date)", {"type": "string"}),

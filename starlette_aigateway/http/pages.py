@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
-from ..administration import MAX_PAGE, page_size
+from ..bookkeeping import MAX_PAGE, page_size
 from .query import Query
 
 T = TypeVar("T")

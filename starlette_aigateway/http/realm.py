@@ -25,7 +25,12 @@ def whole_gateway(admin: Admin) -> None:
 
 async def reachable_key(exchange: Exchange) -> Key:
     """The key that the path names. Raises `NotFound` also for one of a foreign tenant."""
-    key = await exchange.administration.get_key(exchange.path["id"])
+    return await own_key(exchange, exchange.path["id"])
+
+
+async def own_key(exchange: Exchange, key_id: str) -> Key:
+    """The key `key_id`, if the administrator may touch it. Raises `NotFound` otherwise."""
+    key = await exchange.administration.get_key(key_id)
     tenant = exchange.administrator.tenant
     if tenant is not None and key.tenant != tenant:
         raise NotFound(f"there is no key {key.id!r}", code="key_not_found")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from starlette.responses import Response
 
-from . import admin_keys, admin_prices, admin_prompts, admin_tenants, calls, health, me, models, openapi, usage
+from . import admin_credits, admin_keys, admin_prices, admin_prompts, admin_tenants, calls, health, me, models, openapi, usage
 from .exchange import Exchange
 from .router import Route
 
@@ -79,6 +79,16 @@ ROUTES: tuple[Route, ...] = (
     ),
     Route("GET", "/prices", "admin", admin_prices.list_prices, "The stored prices", answer="PriceList"),
     Route("PUT", "/prices", "admin", admin_prices.put_price, "Sets or removes one stored price", body="NewPrice", answer="StoredPrice"),
+    Route(
+        "GET", "/credits", "admin", admin_credits.list_credits, "Temporary top-ups, newest first",
+        answer="CreditList", query=("principal", "tenant", "gateway", *PAGED),
+    ),
+    Route(
+        "POST", "/credits", "admin", admin_credits.add_credit, "Raises the caps of one scope until a moment",
+        body="NewCredit", answer="Credit", status=201, errors=(403, 404),
+    ),
+    Route("GET", "/credits/{id}", "admin", admin_credits.get_credit, "One of them", answer="Credit"),
+    Route("DELETE", "/credits/{id}", "admin", admin_credits.end_credit, "Ends a credit before its time", answer="Credit", errors=(403,)),
     Route(
         "GET", "/usage", "caller_or_admin", usage.usage, "Totals, groups and records: all for an admin, a caller's own",
         answer="UsageReport", query=(*usage.FILTERS, "group_by", *PAGED, "format"), errors=(400, 403, 404), csv=True,

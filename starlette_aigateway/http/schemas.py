@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any, TypeAlias
 
 from ..accounts import GROUPINGS
+from ..bookkeeping import MAX_NOTE
 from ..policy.prompts import ROLES, SETTINGS
 from ..prices import FOLLOWS, MAX_ABOVE, MAX_TIERS, RATES
 from ..types import CAP_NAMES, COUNT_NAMES, MAX_WINDOW
@@ -183,6 +184,7 @@ def _accounts() -> dict[str, Schema]:
                 "window": {"enum": ["day", "month", "total"]},
                 "period": {**TEXT, "description": "2026-01-31, 2026-01, or empty for a lifetime"},
                 "cap_usd": amount,
+                "credit_usd": {**USD, "description": "what running credits add to the cap"},
                 "spent_usd": USD,
                 "held_usd": USD,
                 "remaining_usd": amount,
@@ -211,6 +213,33 @@ def _accounts() -> dict[str, Schema]:
         ),
         "Tenant": closed({"id": ID, **limits_out(), "budgets": array(ref("Budget"))}),
         "TenantList": page_of("Tenant"),
+        **_credits(),
+    }
+
+
+def _credits() -> dict[str, Schema]:
+    note: Schema = {"type": "string", "maxLength": MAX_NOTE}
+    whose: dict[str, Schema] = {"principal": maybe(ID), "tenant": maybe(ID), "gateway": maybe(TRUTH)}
+    return {
+        "NewCredit": {
+            **closed({**whose, "amount_usd": USD_IN, "expires_at": MOMENT, "note": note}, ("amount_usd", "expires_at")),
+            "description": "One of principal (a key's id, too), tenant and gateway says whose caps are raised until expires_at.",
+        },
+        "Credit": closed(
+            {
+                "id": {**ID, "pattern": "^crd_"},
+                "scope": {"enum": ["principal", "tenant", "gateway"]},
+                "principal": maybe(ID),
+                "tenant": maybe(ID),
+                "amount_usd": USD,
+                "created_at": MOMENT,
+                "expires_at": MOMENT,
+                "ended_at": maybe(MOMENT),
+                "actor": ID,
+                "note": note,
+            }
+        ),
+        "CreditList": page_of("Credit"),
     }
 
 
@@ -293,6 +322,7 @@ def _usage() -> dict[str, Schema]:
         "latency_ms": maybe(COUNT),
         "prompt": maybe({**TEXT, "description": "name@version"}),
         "tags": TEXTS,
+        "would_refuse": maybe({**TEXT, "description": "limits are only reported: the code of the refusal that it would have got"}),
     }
     return {
         "UsageTotals": closed(totals),

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from .. import money
-from ..accounts import Budget, StoredPrompt, UsageRecord, UsageReport, UsageTotals
+from ..accounts import Budget, Credit, StoredPrompt, UsageRecord, UsageReport, UsageTotals
 from ..errors import AIGatewayError
 from ..policy.prompts import variables
 from ..prices import Price, price_texts
@@ -87,6 +87,7 @@ def budget(value: Budget) -> dict[str, Any]:
         "window": value.window,
         "period": value.period,
         "cap_usd": money.text(value.cap_usd),
+        "credit_usd": money.text(value.credit_usd),
         "spent_usd": money.text(value.spent_usd),
         "held_usd": money.text(value.held_usd),
         "remaining_usd": money.text(value.remaining_usd),
@@ -191,6 +192,22 @@ def prompt(value: StoredPrompt) -> dict[str, Any]:
     return {**prompt_summary(value), "messages": value.messages, "settings": value.settings, "variables": sorted(variables(value))}
 
 
+def credit(value: Credit) -> dict[str, Any]:
+    kind, _, name = value.scope.partition(":")
+    return {
+        "id": value.id,
+        "scope": kind,
+        "principal": name if kind == "principal" else None,
+        "tenant": name if kind == "tenant" else None,
+        "amount_usd": money.text(value.amount_usd),
+        "created_at": rfc3339(utc(value.created_at)),
+        "expires_at": rfc3339(utc(value.expires_at)),
+        "ended_at": None if value.ended_at is None else rfc3339(utc(value.ended_at)),
+        "actor": value.actor,
+        "note": value.note,
+    }
+
+
 TOTALS_FIELDS = ("calls", "cached_calls", "input_tokens", "output_tokens", "cost_usd")
 
 
@@ -207,7 +224,7 @@ def totals(value: UsageTotals) -> dict[str, Any]:
 
 RECORD_FIELDS = (
     "id", "request_id", "attempt", "created_at", "principal", "tenant", "key_id", "provider", "model", "response_model", *TOKEN_FIELDS,
-    "cost_usd", "price", "outcome", "cached", "latency_ms", "prompt", "tags",
+    "cost_usd", "price", "outcome", "cached", "latency_ms", "prompt", "tags", "would_refuse",
 )  # fmt: skip
 
 
@@ -232,6 +249,7 @@ def record(value: UsageRecord) -> dict[str, Any]:
         "latency_ms": value.latency_ms,
         "prompt": value.prompt,
         "tags": value.tags,
+        "would_refuse": value.would_refuse,
     }
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from starlette.responses import Response, StreamingResponse
 
 from ..accounts import GROUPINGS, UsageReport
-from ..administration import MAX_PAGE, page_size
+from ..bookkeeping import MAX_PAGE, page_size
 from ..errors import InvalidRequest, PermissionDenied
 from ..types import Principal
 from . import realm, shapes, sheets

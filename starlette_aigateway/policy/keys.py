@@ -115,7 +115,7 @@ def key_changes(fields: Mapping[str, Any]) -> dict[str, Any]:
     if "allowed_models" in fields:
         changes["allowed_models"] = model_names(fields["allowed_models"])
     if "expires_at" in fields:
-        changes["expires_at"] = _moment(fields["expires_at"], "expires_at")
+        changes["expires_at"] = moment(fields["expires_at"], "expires_at")
     if "metadata" in fields:
         changes["metadata"] = _metadata(fields["metadata"])
     return changes
@@ -132,7 +132,7 @@ def revised(key: Key, changes: Mapping[str, Any]) -> Key:
     _known(changes, STORED_FIELDS, "a stored key")
     checked = key_changes({name: value for name, value in changes.items() if name in KEY_FIELDS})
     if "revoked_at" in changes:
-        checked["revoked_at"] = _moment(changes["revoked_at"], "revoked_at")
+        checked["revoked_at"] = moment(changes["revoked_at"], "revoked_at")
     fields: dict[str, Any] = {
         "name": key.name,
         "tenant": key.tenant,
@@ -182,7 +182,8 @@ def _limit_changes(fields: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in checked.items() if name in given}
 
 
-def _moment(value: Any, name: str) -> datetime | None:
+def moment(value: Any, name: str) -> datetime | None:
+    """`value` as an aware datetime in UTC: one already, or RFC 3339 text; None stays None. Raises `InvalidArgument`, naming `name`."""
     if value is None:
         return None
     if isinstance(value, str):

@@ -103,6 +103,8 @@ class CreditContract:
         ended = await peer.end_credit("crd_a", now=NOON + 1)
         assert ended is not None
         assert ended.ended_at == NOON + 1
+        assert await ledger.credit("crd_a") == ended
+        assert await ledger.credit("crd_unknown") is None
         assert await ledger.end_credit("crd_a", now=NOON + 2) == ended
         assert (await budget(ledger, caps=Caps(total=100))).credit == 0
         assert await ledger.end_credit("crd_unknown", now=NOON) is None

@@ -21,7 +21,7 @@ from .connection import Durability, connect
 from .ledger_batch import BatchWriter
 from .ledger_budgets import read_budgets
 from .ledger_check import audit
-from .ledger_credits import list_credits
+from .ledger_credits import find_credit, list_credits
 from .ledger_load import DUE_AT_ONCE
 from .ledger_ops import (
     AddCredit,
@@ -179,6 +179,9 @@ class SQLiteLedger:
         result = await self._run(EndCredit(credit_id, now))
         assert result is None or isinstance(result, Credit)
         return result
+
+    async def credit(self, credit_id: str) -> Credit | None:
+        return await self._readers.run(lambda connection: find_credit(connection, credit_id))
 
     async def credits(self, scope: str | None = None, *, limit: int = 100, before: str | None = None) -> Sequence[Credit]:
         return await self._readers.run(lambda connection: list_credits(connection, scope, limit, before))
