@@ -190,8 +190,8 @@ class Admission:
         except AIGatewayError as error:
             await self.give_tokens_back(call, error)
             raise
-        if offer.would_refuse is not None and call.would_refuse is None:
-            self._tolerate(call, offer.would_refuse)
+        if offer.passed_over is not None and call.would_refuse is None:
+            self._tolerate(call, offer.passed_over.code)
         return offer
 
     async def priced(self, call: Call) -> Offer:
@@ -235,7 +235,7 @@ class Admission:
             input_tokens=input_tokens,
             bounded=capped and self._s.enforce,
             enforce=self._s.enforce,
-            would_refuse=call.would_refuse or (None if obstacle is None else obstacle.code),
+            passed_over=obstacle,
         )
 
     def _unbounded(self, request: CompletionRequest) -> CostUnbounded | None:

@@ -9,6 +9,7 @@ from msgspec import Struct
 
 from . import money, replay
 from .accounts import HoldRequest, ScopeClaim, UsageRecord
+from .errors import AIGatewayError
 from .policy import estimate
 from .policy.caching import CachedAnswer, CachedCompletion
 from .policy.estimate import Ask
@@ -32,14 +33,14 @@ class PricedTarget(Struct, frozen=True):
 class Offer(Struct, frozen=True, kw_only=True):
     """What a call may cost at each of its targets, and the `scopes` that pay. `input_tokens` is the upper bound of its input; `bounded`
     says that the output of every attempt is to be bounded, since a cap has to be held. Without `enforce` limits are only reported, and
-    `would_refuse` is the code of the refusal that the call has passed over."""
+    `passed_over` is the refusal that the call would have got for a cost that is not known."""
 
     targets: tuple[PricedTarget, ...]
     scopes: tuple[ScopeClaim, ...]
     input_tokens: int
     bounded: bool
     enforce: bool = True
-    would_refuse: str | None = None
+    passed_over: AIGatewayError | None = None
 
     def at(self, target: Target) -> PricedTarget:
         return next(priced for priced in self.targets if priced.target == target)
@@ -80,7 +81,7 @@ class Offer(Struct, frozen=True, kw_only=True):
             prompt=call.prompt,
             tags=call.options.tags,
             enforce=self.enforce,
-            would_refuse=self.would_refuse,
+            would_refuse=call.would_refuse or (None if self.passed_over is None else self.passed_over.code),
         )
 
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from decimal import Decimal
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from . import money
 from .accounts import GATEWAY_SCOPE, Budget, Hold
@@ -63,7 +64,7 @@ class Quote(Struct, frozen=True, kw_only=True):
 
     `windows` are those that the call has to pass, as they are, and `budgets` what is spent, held and left, of the principal and of its
     tenant; those of the gateway as a whole count as well, and only show when they refuse. `would_refuse` is the first limit that would
-    refuse the call, as the error that the call would raise, or None.
+    refuse the call, as the error that the call would raise, or None; it is told as well where limits are only reported (`enforce=False`).
     """
 
     model: str
@@ -110,6 +111,7 @@ class Quotes:
         if call.stored is None:
             try:
                 offer = await self._admission.priced(call)
+                refusal = refusal or offer.passed_over
                 hold = await self._held(call, offer)
             except LIMITS as error:
                 refusal = refusal or error
@@ -131,7 +133,7 @@ class Quotes:
         now = self._s.clock()
         dearest = max(offer.targets, key=lambda priced: priced.ask.wanted)
         request = offer.hold_request(call, dearest, hold_id=keys.mint_id("use_", now, self._s.random), expires_at=now)
-        return await self._s.ledger.probe(request, now=now)
+        return await self._s.ledger.probe(replace(request, enforce=True), now=now)
 
     async def _budgets(self, call: Call) -> Sequence[Budget]:
         own = {claim.scope: claim.caps for claim in scopes(call) if claim.scope != GATEWAY_SCOPE}

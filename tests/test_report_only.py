@@ -66,7 +66,11 @@ async def test_a_call_that_would_be_refused_goes_on_and_is_marked(
     heard: Heard, stream: bool, limits: dict[str, Any], fields: dict[str, Any], code: str
 ) -> None:
     async with reporting(heard) as gateway:
-        await complete_or_stream(gateway, Principal("alice", **limits), stream, ask(**fields))
+        who = Principal("alice", **limits)
+        quote = await gateway.quote(who, ask(**fields))
+        assert quote.would_refuse is not None
+        assert quote.would_refuse.code == code
+        await complete_or_stream(gateway, who, stream, ask(**fields))
         (record,) = (await gateway.usage()).data
         assert (record.would_refuse, record.outcome) == (code, "completed")
         assert record.cost > 0
