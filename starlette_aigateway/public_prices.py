@@ -8,14 +8,14 @@ from datetime import UTC, datetime
 from decimal import ROUND_CEILING, Decimal
 from importlib.util import find_spec
 from threading import Lock
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .errors import ConfigurationError, InvalidArgument
+from .prices import FOLLOWS, Price, PriceTier
 from .protocols import Clock
-from .types import Price
 
 if TYPE_CHECKING:
-    from genai_prices.types import ModelInfo, ModelPrice, Provider
+    from genai_prices.types import ModelInfo, ModelPrice, Provider, TieredPrices
 
 EXTRA = "prices"
 REMEMBERED = 4096
@@ -25,9 +25,9 @@ NANO = Decimal("1e-9")
 class PublicPrices:
     """`PublicPrices()(provider, upstream)` is the published price of a provider's model, or None where none is known.
 
-    A `Price` has one figure each for input, output, cache reads and cache writes; published prices also differ by length of the
-    context, by modality and by time of day. Of those the dearest is taken: a cap then holds whatever the call turns out to be. A host
-    that wants to be exact gives its own price. Prices of tiers of service (`service_tier`, batches) and of server-side tools are left out:
+    Rates of long contexts, of cache writes for an hour and of reasoning are exact. Published prices also differ by modality and by time of
+    day: of those the dearest is taken, so that a cap holds whatever the call turns out to be. A host that wants to be exact gives its own
+    price. Prices of tiers of service (`service_tier`, batches) and of server-side tools are left out:
     what makes use of them is unbounded in cost. A model without a price for output (embeddings, legacy ones) has no price here.
 
     Every answer is remembered, also a None. The data costs about 0.3 s to load: at the first call, or before it with `load()` in a
@@ -89,38 +89,63 @@ def price_tables(model: ModelInfo, now: datetime) -> Iterator[ModelPrice]:
 
 
 def dearest(tables: Iterable[ModelPrice]) -> Price | None:
-    """One `Price` that is at least every one of `tables`, each of their tiers and modalities. None without an input or an output price."""
-    highest: dict[str, Decimal] = {}
-    for table in tables:
-        for name, value in vars(table).items():
-            field = price_field(name)
-            if field is not None and value is not None:
-                amount = value if isinstance(value, Decimal) else max([value.base, *(tier.price for tier in value.tiers)])
-                if field == "request":
-                    amount /= 1000
-                highest[field] = max(highest.get(field, Decimal(0)), amount)
-    if "input" not in highest or "output" not in highest:
+    """One `Price` that is at least every one of `tables` and each of their modalities, tier by tier. None without an input or an output
+    price."""
+    known = list(tables)
+    starts = sorted({start for table in known for start in _starts(table)})
+    base = _highest(known, 0)
+    if not {"input", "output"} <= base.keys():
         return None
-    exact = {field: amount.quantize(NANO, ROUND_CEILING) for field, amount in highest.items()}
     try:
-        return Price(
-            exact["input"],
-            exact["output"],
-            cache_read=exact.get("cache_read"),
-            cache_write=exact.get("cache_write"),
-            request=exact.get("request", Decimal(0)),
-        )
+        tiers: list[PriceTier] = []
+        for start in starts:
+            rates = _highest(known, start)
+            rates.pop("request", None)
+            tiers.append(PriceTier(start, **rates))
+        return Price(**base, tiers=tiers)
     except InvalidArgument:  # a figure that is no price of ours, such as a negative one
         return None
 
 
+def _starts(table: ModelPrice) -> Iterator[int]:
+    for name, value in vars(table).items():
+        if price_field(name) is not None and value is not None and not isinstance(value, Decimal):
+            yield from (tier.start for tier in value.tiers)
+
+
+def _highest(tables: Iterable[ModelPrice], start: int) -> dict[str, Any]:
+    """The highest rate of each field for calls with more than `start` input tokens. What a table leaves out follows there as in `Price`, so
+    that what another says of it does not hide what this one charges."""
+    highest: dict[str, Decimal] = {}
+    for table in tables:
+        own: dict[str, Decimal] = {}
+        for name, value in vars(table).items():
+            field = price_field(name)
+            if field is not None and value is not None:
+                own[field] = max(own.get(field, Decimal(0)), _amount(value, start) / (1000 if field == "request" else 1))
+        for field, leader in FOLLOWS.items():
+            if leader in own:
+                own.setdefault(field, own[leader])
+        for field, amount in own.items():
+            highest[field] = max(highest.get(field, amount), amount)
+    return {field: amount.quantize(NANO, ROUND_CEILING) for field, amount in highest.items()}
+
+
+def _amount(value: Decimal | TieredPrices, start: int) -> Decimal:
+    if isinstance(value, Decimal):
+        return value
+    return next((tier.price for tier in reversed(value.tiers) if tier.start <= start), value.base)
+
+
 def price_field(name: str) -> str | None:
-    """Which field of `Price` a published price belongs to: `input_audio_mtok` to `input`, `cache_write_1h_mtok` to `cache_write`; None
+    """Which field of `Price` a published price belongs to: `input_audio_mtok` to `input`, `cache_write_5m_mtok` to `cache_write`; None
     for what is charged by anything but a token or a call."""
     if name == "requests_kcount":
         return "request"
     if not name.endswith("_mtok"):
         return None
+    if name in ("output_reasoning_mtok", "cache_write_1h_mtok"):
+        return name.removeprefix("output_").removesuffix("_mtok")
     kind = name.removesuffix("_mtok").split("_")
     if kind[0] == "cache":
         return "cache_write" if "write" in kind else "cache_read" if "read" in kind else None

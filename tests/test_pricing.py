@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+from collections.abc import Iterator
 from datetime import UTC, date, datetime, time
 from decimal import Decimal
 from fractions import Fraction
 from typing import Any
 
 import pytest
+from genai_prices import data
 from genai_prices.types import (
     ClauseEquals,
     ConditionalPrice,
@@ -21,6 +23,7 @@ from genai_prices.types import (
     TieredPrices,
     TimeOfDateConstraint,
 )
+from genai_prices.types import Usage as GenaiUsage
 from hypothesis import given
 
 from starlette_aigateway.errors import ConfigurationError, InvalidArgument
@@ -229,18 +232,57 @@ def tiered(base: str, *steps: str) -> TieredPrices:
     return TieredPrices(base=Decimal(base), tiers=[Tier(start=1000 * n, price=Decimal(step)) for n, step in enumerate(steps, 1)])
 
 
-def test_the_dearest_tier_modality_and_time_to_live_hold() -> None:
+def test_tiers_and_times_to_live_are_exact_and_the_dearest_modality_holds() -> None:
     table = ModelPrice(
         input_mtok=tiered("3", "6"),
-        input_audio_mtok=Decimal("7"),
+        input_audio_mtok=Decimal("4"),
         output_mtok=tiered("15", "22.5", "20"),
+        output_reasoning_mtok=Decimal("30"),
         cache_read_mtok=Decimal("0.3"),
         cache_write_mtok=Decimal("3.75"),
         cache_write_1h_mtok=tiered("6", "12"),
         requests_kcount=Decimal("12"),
         web_searches_kcount=Decimal("1000"),
     )
-    assert dearest([table]) == Price(7, "22.5", cache_read="0.3", cache_write=12, request="0.012")
+    kept: dict[str, Any] = {"cache_read": "0.3", "cache_write": "3.75", "reasoning": 30}
+    assert dearest([table]) == Price(
+        4,
+        15,
+        cache_write_1h=6,
+        request="0.012",
+        tiers=[PriceTier(1000, 6, "22.5", cache_write_1h=12, **kept), PriceTier(2000, 6, 20, cache_write_1h=12, **kept)],
+        **kept,
+    )
+
+
+def test_of_several_tables_the_dearest_holds_in_each_tier_and_what_one_leaves_out_follows_its_own_input() -> None:
+    day = ModelPrice(input_mtok=tiered("3", "6"), output_mtok=Decimal("15"), cache_read_mtok=Decimal("0.3"))
+    night = ModelPrice(input_mtok=Decimal("4"), output_mtok=tiered("8", "16"))
+    assert dearest([day, night]) == Price(4, 15, cache_read=4, tiers=[PriceTier(1000, 6, 16, cache_read=4)])
+
+
+def plain_tables() -> Iterator[tuple[str, ModelPrice, TieredPrices]]:
+    """Every published table with tiers and without modalities, of which `dearest` would take the dearest."""
+    for provider in data.providers:
+        for info in provider.models:
+            table = info.prices
+            if not isinstance(table, ModelPrice) or not isinstance(table.input_mtok, TieredPrices) or table.output_mtok is None:
+                continue
+            given = {name for name, value in vars(table).items() if value is not None}
+            if not any(price_field(name) in ("input", "output") for name in given - {"input_mtok", "output_mtok"}):
+                yield info.id, table, table.input_mtok
+
+
+def test_a_published_price_costs_in_every_tier_what_the_package_itself_says() -> None:
+    compared = 0
+    for name, table, tiers in plain_tables():
+        price, start = dearest([table]), tiers.tiers[-1].start
+        assert price is not None
+        for tokens in (1, start, start + 1, 3 * start):
+            theirs = table.calc_price(GenaiUsage(input_tokens=tokens, output_tokens=100))["total_price"]
+            assert cost(Usage(input_tokens=tokens, output_tokens=100), price) == math.ceil(theirs * 10**9), (name, tokens)
+        compared += 1
+    assert compared > 20
 
 
 def test_a_price_finer_than_a_nano_dollar_is_rounded_up() -> None:
@@ -280,10 +322,12 @@ def test_prices_by_the_hour_all_count() -> None:
     [
         ("input_mtok", "input"),
         ("input_image_mtok", "input"),
-        ("output_reasoning_mtok", "output"),
+        ("output_reasoning_mtok", "reasoning"),
+        ("output_citation_mtok", "output"),
         ("cache_read_mtok", "cache_read"),
         ("cache_audio_read_mtok", "cache_read"),
         ("cache_write_5m_mtok", "cache_write"),
+        ("cache_write_1h_mtok", "cache_write_1h"),
         ("requests_kcount", "request"),
         ("web_searches_kcount", None),
         ("input_text_messages_kcount", None),
