@@ -21,7 +21,7 @@ from .errors import NoProviderAvailable, ProviderError, ProviderRejected, SpendC
 from .events import AttemptFailed, CallTolerated, Event
 from .holds import Holds
 from .policy import keys, metering
-from .policy.routing import Circuit, Failure, GiveUp, RetryPolicy, Target, Try, ails, next_step
+from .policy.routing import Circuit, Failure, GiveUp, RetryPolicy, Target, ails, next_step
 from .protocols import Clock, Ledger
 from .streams import Relay
 from .types import Chunk, Completion, Timeouts
@@ -119,18 +119,29 @@ class Attempts:
         """The next attempt. The hold of a failed one that charged nothing is released in the same transaction where the next follows at
         once, and before anything else otherwise. Raises the last error when nothing is left to try."""
         plan = replace(call.plan, targets=offer.plan)
-        step = next_step(plan, failures, now=monotonic(), deadline=call.deadline, policy=self._retries, opens_at=self._opens_at)
-        if isinstance(step, Try) and step.delay == 0:
-            try:
+        try:
+            if failures and await self._caller_left(call, job):
+                raise _exhausted(failures[-1].error)
+            step = next_step(plan, failures, now=monotonic(), deadline=call.deadline, policy=self._retries, opens_at=self._opens_at)
+            if isinstance(step, GiveUp):
+                raise _exhausted(step.error)
+            if step.delay == 0:
                 return await self._probe(call, offer, job, step.target, failures, unresolved)
-            except BaseException:  # whoever asked for the next hold does not know whether this one went with it
-                await self._give_back(job, unresolved)
-                raise
+        except BaseException:  # nobody knows whether it went with what was asked of the ledger; a second release changes nothing
+            await self._give_back(job, unresolved)
+            raise
         await self._give_back(job, unresolved)
-        if isinstance(step, GiveUp):
-            raise _exhausted(step.error)
         await anyio.sleep(step.delay)
+        if await self._caller_left(call, job):
+            raise _exhausted(failures[-1].error)
         return await self._probe(call, offer, job, step.target, failures, None)
+
+    async def _caller_left(self, call: Call, job: Job[Done]) -> bool:
+        """Nobody is charged for another attempt that nobody waits for."""
+        present = call.options.present
+        if present is not None and not (call.stream or job.abandoned) and not await present():
+            job.abandon()
+        return job.abandoned
 
     async def _probe(
         self, call: Call, offer: Offer, job: Job[Done], target: Target, failures: Sequence[Failure], replaces: Hold | None

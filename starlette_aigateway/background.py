@@ -114,7 +114,7 @@ class Background:
     """Starts jobs, and knows who owns them. `drains` says how long work goes on after its caller left."""
 
     def __init__(self, drains: Drains) -> None:
-        self._drains = drains
+        self.drains = drains
         self._owners: list[Owner] = []
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -157,7 +157,7 @@ class Background:
     def start(self, work: Work[T], limit: float = math.inf) -> AbstractAsyncContextManager[Job[T]]:
         """Runs `work` beside the block, for `limit` seconds at most. When the block is left before the work is done, the job is
         abandoned; without an owner, leaving waits for it."""
-        job = Job(work, self._drains, limit)
+        job = Job(work, self.drains, limit)
         owner = self._owner()
         if _on_asyncio():
             return InTask(job, owner, self._tasks)

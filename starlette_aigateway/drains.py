@@ -18,6 +18,7 @@ class Drains:
 
     def __init__(self, seconds: float, *, on_disconnect: OnDisconnect = "drain", at_most: int = MAX_DRAINS) -> None:
         self.seconds = seconds
+        self.on_disconnect = on_disconnect
         self._room = at_most if on_disconnect == "drain" else 0
         self._running: set[object] = set()
 

@@ -63,6 +63,11 @@ class Pipeline:
             max_drain_bytes=services.max_drain_bytes,
         )
 
+    @property
+    def ends_with_its_caller(self) -> bool:
+        """Whether a call is given up when its caller leaves, so that it has to be noticed at once."""
+        return self._s.background.drains.on_disconnect == "cancel"
+
     async def complete(self, principal: Principal, request: CompletionRequest, options: CallOptions, request_id: str) -> Served:
         """A whole answer. Raises any of the errors in `errors.py`, their `request_id` set."""
         answer = self._answer if options.idempotency_key is None else self._answer_once

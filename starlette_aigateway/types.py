@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from decimal import Decimal
@@ -364,13 +364,15 @@ CacheStatus = Literal["hit", "miss", "bypass"]
 
 class CallOptions(Struct, frozen=True, kw_only=True):
     """What comes with a call besides the request. `timeout` is seconds for the whole call; `tags` end up in the usage record. An
-    `idempotency_key` counts within its `route`: the path over HTTP."""
+    `idempotency_key` counts within its `route`: the path over HTTP. `present` tells whether the caller still waits; it is asked before
+    another attempt of a call whose answer is whole, where leaving is not noticed otherwise."""
 
     cache: CacheControl = CacheControl()
     idempotency_key: str | None = None
     route: str = "in_process"
     timeout: float | None = None
     tags: Mapping[str, str] = {}
+    present: Callable[[], Awaitable[bool]] | None = None
 
     def __post_init__(self) -> None:
         """Raises `InvalidArgument` for a timeout that is no positive number and for tags that cannot be recorded."""

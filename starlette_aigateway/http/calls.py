@@ -28,7 +28,7 @@ async def complete(exchange: Exchange) -> Response:
             exchange.pipeline, exchange.principal, call.request, options, exchange.request_id,
             wire="native", id_headers=exchange.id_headers,
         )  # fmt: skip
-    served = await exchange.pipeline.complete(exchange.principal, call.request, options, exchange.request_id)
+    served = await exchange.complete(call.request, options)
     body = msgspec.json.encode(shapes.answer(served.answer, call.request.model))
     return Response(body, 200, served_headers(exchange, served), "application/json")
 
@@ -42,7 +42,7 @@ async def chat_completions(exchange: Exchange) -> Response:
             exchange.pipeline, exchange.principal, call.request, options, exchange.request_id,
             wire="openai", include_usage=call.include_usage, id_headers=exchange.id_headers,
         )  # fmt: skip
-    served = await exchange.pipeline.complete(exchange.principal, call.request, options, exchange.request_id)
+    served = await exchange.complete(call.request, options)
     native = served.native
     if native is not None and native.wire == openai_chat.WIRE:
         body = native.body
@@ -63,7 +63,10 @@ async def quote(exchange: Exchange) -> Response:
 def call_options(exchange: Exchange, route: str) -> CallOptions:
     headers = exchange.connection.headers
     return CallOptions(
-        cache=caching.parse_cache_control(headers.get("cache-control")), idempotency_key=headers.get("idempotency-key"), route=route
+        cache=caching.parse_cache_control(headers.get("cache-control")),
+        idempotency_key=headers.get("idempotency-key"),
+        route=route,
+        present=None if exchange.pipeline.ends_with_its_caller else exchange.present,
     )
 
 

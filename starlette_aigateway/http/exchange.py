@@ -13,12 +13,14 @@ from starlette.responses import Response
 from starlette.types import Receive
 
 from ..administration import Administration
+from ..calls import Served
 from ..errors import AuthenticationError, PermissionDenied
 from ..events import AdminActed, Event
 from ..pipeline import Pipeline
-from ..types import Principal
+from ..types import CallOptions, CompletionRequest, Principal
 from . import bodies
 from .door import Admin
+from .presence import present, while_present
 from .query import Query
 
 CLIENT_ID_LENGTH = 128
@@ -60,6 +62,17 @@ class Exchange:
         headers = self.connection.headers
         bodies.require_json(headers)
         return bodies.decode_object(await bodies.read(self.receive, headers, self.max_body_bytes))
+
+    async def complete(self, request: CompletionRequest, options: CallOptions) -> Served:
+        """A whole answer. Where a client that leaves is to end its call, somebody has to look for it; otherwise the call goes on to its
+        end, and it is enough that it looks before another attempt. Raises `ClientLeft`."""
+        pipeline = self.pipeline
+        if pipeline.ends_with_its_caller:
+            return await while_present(self.receive, lambda: pipeline.complete(self.principal, request, options, self.request_id))
+        return await pipeline.complete(self.principal, request, options, self.request_id)
+
+    async def present(self) -> bool:
+        return await present(self.receive)
 
     def query(self, *known: str) -> Query:
         """The query string, in which only the `known` parameters may be. Raises `InvalidRequest`."""

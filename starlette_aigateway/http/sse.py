@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any, Literal, Protocol
 
-import anyio
 import msgspec
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -17,7 +16,9 @@ from ..streams import AnswerStream
 from ..types import CallOptions, CompletionRequest, Principal, RawEvents, StreamItem
 from ..wires import openai_chat, sse
 from . import shapes
+from .bodies import ClientLeft
 from .errors import error_object, error_response, window_headers
+from .presence import while_present
 
 Dialect = Literal["openai", "native"]
 HEADERS = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache", "x-accel-buffering": "no"}
@@ -88,33 +89,35 @@ class EventStreamResponse(Response):
         self._writer = writer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Writes until the stream ends or the client leaves, also before its first content; leaving ends the block of the stream, which
+        settles it."""
+        try:
+            refusal = await while_present(receive, lambda: self._serve(send))
+        except ClientLeft:
+            return
+        if refusal is not None:
+            await refusal(scope, receive, send)
+
+    async def _serve(self, send: Send) -> Response | None:
+        """What is answered instead, where the call is refused before the stream has begun."""
         begun = False
         try:
             async with self._open_stream() as stream:
                 begun = True
-                await self._serve(stream, receive, send)
+                with suppress(OSError):  # a server may also tell by a failing send that the client is gone (ASGI 2.4)
+                    await self._write(stream, send)
         except AIGatewayError as error:
             if begun:
                 raise
-            response = error_response(error)
-            for name in ("x-request-id", "request-id"):
-                if name in self.headers:
-                    response.headers[name] = self.headers[name]
-            await response(scope, receive, send)
+            return self._refusal(error)
+        return None
 
-    async def _serve(self, stream: AnswerStream, receive: Receive, send: Send) -> None:
-        """Writes until the stream ends or the client leaves; leaving ends the block of the stream, which settles it."""
-        async with anyio.create_task_group() as group:
-
-            async def watch() -> None:
-                while (await receive())["type"] != "http.disconnect":
-                    pass
-                group.cancel_scope.cancel()
-
-            group.start_soon(watch)
-            with suppress(OSError):  # a server may also tell by a failing send that the client is gone (ASGI 2.4)
-                await self._write(stream, send)
-            group.cancel_scope.cancel()
+    def _refusal(self, error: AIGatewayError) -> Response:
+        response = error_response(error)
+        for name in ("x-request-id", "request-id"):
+            if name in self.headers:
+                response.headers[name] = self.headers[name]
+        return response
 
     async def _write(self, stream: AnswerStream, send: Send) -> None:
         writer = self._writer(stream)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+import json
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -83,7 +85,7 @@ async def read(gateway: AIGateway, stream: bool, **options: Any) -> None:
 
 
 async def outcomes(gateway: AIGateway) -> Sequence[str]:
-    """In the order in which they were booked."""
+    """In the order in which they were held."""
     return [record.outcome for record in reversed((await gateway.usage()).data)]
 
 
@@ -143,3 +145,63 @@ class RaiseAt(CancelAt):
 
     def _interrupt(self) -> BaseException | None:
         return self._error
+
+
+class Visitor:
+    """A client of the ASGI app, without a server: it leaves when `left` is set. `sent` is what it was answered."""
+
+    def __init__(self, gateway: AIGateway, path: str, **fields: Any) -> None:
+        self.gateway = gateway
+        self.left = anyio.Event()
+        self.answered = anyio.Event()
+        self.sent: list[Any] = []
+        self._body: bytes | None = json.dumps({"model": "m", "messages": ask().messages, **fields}).encode()
+        self._scope = {
+            "type": "http",
+            "asgi": {"version": "3.0"},
+            "http_version": "1.1",
+            "method": "POST",
+            "scheme": "http",
+            "path": path,
+            "raw_path": path.encode(),
+            "query_string": b"",
+            "root_path": "",
+            "headers": [(b"content-type", b"application/json"), (b"x-user", WHO.id.encode())],
+            "client": ("127.0.0.1", 1),
+            "server": ("127.0.0.1", 80),
+        }
+
+    async def __call__(self) -> None:
+        await self.gateway(self._scope, self._receive, self._send)
+
+    async def _receive(self) -> Any:
+        if self._body is not None:
+            body, self._body = self._body, None
+            return {"type": "http.request", "body": body, "more_body": False}
+        await self.left.wait()
+        return {"type": "http.disconnect"}
+
+    async def _send(self, message: Any) -> None:
+        self.sent.append(message)
+        if message.get("body"):
+            self.answered.set()
+
+    @property
+    def status(self) -> int | None:
+        return self.sent[0]["status"] if self.sent else None
+
+
+async def who_it_says(connection: Any) -> Principal:
+    """A login that believes everything."""
+    return Principal(connection.headers["x-user"], hard_cap_usd=100)
+
+
+@asynccontextmanager
+async def owned_by(gateway: AIGateway, owned: bool) -> AsyncIterator[None]:
+    """With a lifespan, or as on a bare mount."""
+    if owned:
+        async with gateway:
+            yield
+    else:
+        await gateway.ready()
+        yield
