@@ -246,7 +246,7 @@ class AIGateway(Administration):
     async def _start(self, opened: AsyncExitStack) -> None:
         if self._embedded is not None:
             prepare_directory(self._embedded.directory)
-            opened.callback(self._embedded.close)
+            await self._embedded.open(opened)
         stores = (
             self._keys, self._tenants, self._stored_prices, self._prompts, self._ledger_store, self._responses, self._storage,
             self._idempotency,
@@ -405,19 +405,19 @@ class Embedded:
         self._clock = clock
         self._cache = cache
         self._config = ConfigDatabase(directory / "config.db", timeout=timeouts.storage)
-        self._closing: list[Callable[[], None]] = [self._config.close]
+        self._configures = False
 
     def keys(self) -> KeyStore:
-        return SQLiteKeyStore(self._config)
+        return SQLiteKeyStore(self._configuration())
 
     def tenants(self) -> TenantStore:
-        return SQLiteTenantStore(self._config)
+        return SQLiteTenantStore(self._configuration())
 
     def prices(self) -> PriceStore:
-        return SQLitePriceStore(self._config)
+        return SQLitePriceStore(self._configuration())
 
     def prompts(self) -> PromptStore:
-        return SQLitePromptStore(self._config)
+        return SQLitePromptStore(self._configuration())
 
     def ledger(self, thresholds: Sequence[int]) -> Ledger:
         return SQLiteLedger(self.directory / "ledger.db", timeout=self._timeouts.storage, thresholds=thresholds)
@@ -431,9 +431,14 @@ class Embedded:
     def idempotency(self) -> IdempotencyStore:
         return SQLiteIdempotencyStore(self.directory / "answers.db", timeout=self._timeouts.storage)
 
-    def close(self) -> None:
-        for close in self._closing:
-            close()
+    async def open(self, opened: AsyncExitStack) -> None:
+        """What is not a store of its own; the stores are entered by whoever asked for them."""
+        if self._configures:
+            await opened.enter_async_context(self._config)
+
+    def _configuration(self) -> ConfigDatabase:
+        self._configures = True
+        return self._config
 
 
 def _directory(data_dir: str | os.PathLike[str] | None) -> Path:

@@ -120,7 +120,7 @@ async def test_a_raw_key_is_in_no_file(store: SQLiteKeyStore, tmp_path: Path) ->
     await store.rotate("key_1", keys.digest(second), keys.hint(second), previous_until=NOW)
     assert await store.find(keys.digest(second), now=NOW) is not None
     files = sorted(path.name for path in tmp_path.iterdir())
-    assert files == ["config.db", "config.db-shm", "config.db-wal"]
+    assert files == ["config.db", "config.db-shm", "config.db-wal", "config.db.lock"]
     for path in tmp_path.iterdir():
         content = path.read_bytes()
         for raw in (first, second):
@@ -136,7 +136,7 @@ async def test_the_files_are_for_this_user_only_whatever_the_umask(tmp_path: Pat
             modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()}
     finally:
         os.umask(before)
-    assert modes == {"config.db": 0o600, "config.db-shm": 0o600, "config.db-wal": 0o600}
+    assert modes == dict.fromkeys(("config.db", "config.db-shm", "config.db-wal", "config.db.lock"), 0o600)
 
 
 async def test_keys_survive_a_restart(tmp_path: Path) -> None:

@@ -75,7 +75,7 @@ async def test_it_opens_at_its_first_use_and_again_after_closing(path: Path) -> 
 
 async def test_entering_a_damaged_file_says_what_to_do(path: Path) -> None:
     path.write_bytes(b"this is no database, " * 100)
-    with pytest.raises(StorageUnavailable, match=r"ledger\.db .*move it away or restore"):
+    with pytest.raises(StorageUnavailable, match=r"ledger\.db .*put a backup back"):
         async with SQLiteLedger(path):
             pass
 

@@ -19,11 +19,12 @@ import time
 from collections.abc import Callable, Sequence
 from copy import copy
 from pathlib import Path
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Generic, TypeVar
 
 from ...errors import AIGatewayError, StorageUnavailable
 from ...wakeup import ring_all, wakeup
+from .witness import Identity, Witness
 
 Op = TypeVar("Op")
 Result = TypeVar("Result")
@@ -34,6 +35,10 @@ for a single operation; what it raises rolls back the whole batch. It may be cal
 
 MAX_BATCH = 256
 """Operations after which a batch takes no more; what one pass of an event loop brings is never divided."""
+NOTE_AFTER = 0.25
+"""Seconds without work, or `NOTE_AT_LAST` seconds with it, after which a witness notes how far the file has got."""
+
+NOTE_AT_LAST = 1.0
 log = logging.getLogger("starlette_aigateway")
 
 
@@ -52,7 +57,7 @@ class GroupCommit(Generic[Op, Result]):
     """`await commit.run(op)` applies `op` durably. Cancelling the wait does not cancel the operation: shield what has to know.
 
     Opens nothing before the first `run`, and opens anew in a forked child. Raises `StorageUnavailable` when the database cannot be
-    written within `timeout` seconds.
+    written within `timeout` seconds. With a `witness`, also when it is not the file any more that was opened.
     """
 
     def __init__(
@@ -63,11 +68,13 @@ class GroupCommit(Generic[Op, Result]):
         name: str,
         lock_file: Path | None = None,
         timeout: float = 5.0,
+        witness: Witness | None = None,
     ) -> None:
         self._connect = connect
         self._apply = apply
         self._name = name
-        self._lock_file = lock_file
+        self._lock_file = lock_file if witness is None else witness.lock_file
+        self._witness = witness
         self._timeout = timeout
         self._pid = os.getpid()
         self._guard = threading.Lock()
@@ -115,7 +122,7 @@ class GroupCommit(Generic[Op, Result]):
         with self._guard:
             if self._writer is None:
                 lock = LockFile(self._lock_file, self._name, self._timeout)
-                self._writer = _Writer(self._connect, self._apply, self._name, lock)
+                self._writer = _Writer(self._connect, self._apply, self._name, lock, self._witness)
             self._writer.put(waiters)
 
     def _forget_parent(self) -> None:
@@ -131,8 +138,13 @@ class GroupCommit(Generic[Op, Result]):
 class _Writer(Generic[Op, Result]):
     """The thread, its queue and its connection. None in the queue ends it."""
 
-    def __init__(self, connect: Callable[[], sqlite3.Connection], apply: Apply[Op, Result], name: str, lock: LockFile) -> None:
+    def __init__(
+        self, connect: Callable[[], sqlite3.Connection], apply: Apply[Op, Result], name: str, lock: LockFile, witness: Witness | None
+    ) -> None:
         self.lock = lock
+        self._witness = witness
+        self._identity: Identity = None
+        self._unnoted_since: float | None = None
         self._connect = connect
         self._apply = apply
         self._name = name
@@ -153,7 +165,7 @@ class _Writer(Generic[Op, Result]):
 
     def _work(self) -> None:
         try:
-            while (batch := self._queue.get()) is not None:
+            while (batch := self._next()) is not None:
                 try:
                     outcomes = self._turn(batch)
                 except Exception as error:  # noqa: BLE001  # the thread must outlive any fault; every waiter is told
@@ -165,16 +177,42 @@ class _Writer(Generic[Op, Result]):
                 if self._stopped:
                     return
         finally:
+            self._note()
             self._disconnect()
-            self.lock.close()
+
+    def _next(self) -> list[Waiter[Op, Result]] | None:
+        """The next batch. While none comes there is time to note how far the file has got; in the end it is taken."""
+        if self._unnoted_since is not None:
+            if time.monotonic() - self._unnoted_since >= NOTE_AT_LAST:
+                self._note()
+            try:
+                return self._queue.get(timeout=NOTE_AFTER)
+            except Empty:
+                self._note()
+        return self._queue.get()
+
+    def _note(self) -> None:
+        if self._witness is not None and self._connection is not None and self._unnoted_since is not None:
+            self._witness.note(self._connection)
+        self._unnoted_since = None
 
     def _turn(self, batch: list[Waiter[Op, Result]]) -> Sequence[Result | BaseException]:
         """Commits `batch` and all that came while the lock was awaited, which it appends."""
-        if self._connection is None:
-            self._connection = self._connect()
+        connection = self._open()
         with self.lock:
             self._take(batch)
-            return self._commit_or_isolate(self._connection, [waiter.op for waiter in batch])
+            outcomes = self._commit_or_isolate(connection, [waiter.op for waiter in batch])
+        if self._witness is not None and self._unnoted_since is None:
+            self._unnoted_since = time.monotonic()
+        return outcomes
+
+    def _open(self) -> sqlite3.Connection:
+        if self._connection is None:
+            self._connection = self._connect()
+            self._identity = None if self._witness is None else self._witness.identity()
+        elif self._witness is not None and self._witness.identity() != self._identity:
+            raise StorageUnavailable(f"the file of the {self._name} store was removed or replaced while it was in use", retry_after=1.0)
+        return self._connection
 
     def _take(self, batch: list[Waiter[Op, Result]]) -> None:
         while len(batch) < MAX_BATCH and self._queue.qsize():
@@ -217,6 +255,9 @@ class _Writer(Generic[Op, Result]):
         return outcomes
 
     def _disconnect(self) -> None:
+        """The lock file may be another one by now as well."""
+        self._unnoted_since = None
+        self.lock.close()
         if self._connection is not None:
             self._connection.close()
             self._connection = None

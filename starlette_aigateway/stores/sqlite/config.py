@@ -17,7 +17,8 @@ import msgspec
 
 from ...errors import InvalidArgument, StorageUnavailable
 from .commit import GroupCommit
-from .connection import PerProcess, connect
+from .connection import PerProcess, connect, look_for_damage
+from .witness import Witness
 
 T = TypeVar("T")
 K = TypeVar("K")
@@ -31,6 +32,11 @@ READ_TIMEOUT_MS = 250
 """The longest that a read may hold up the event loop. Readers wait only while another process recovers or closes the WAL."""
 
 MAX_REMEMBERED = 10_000
+
+REMEDY = (
+    "stop the service and put a backup back: keys, tenants, prices and prompts are then what they were. To begin anew, with no keys, move"
+    " config.db, config.db-wal and config.db.lock away"
+)
 
 UNSTORABLE = (UnicodeEncodeError, OverflowError)
 """What `sqlite3` raises for a lone surrogate and for an integer beyond 64 bits."""
@@ -96,13 +102,19 @@ class ConfigDatabase:
     def __init__(self, path: Path, *, timeout: float = 5.0) -> None:
         self._path = path
         self._timeout = timeout
-        self._writer: GroupCommit[Write[Any], Any] = GroupCommit(self._open, _apply, name="config", timeout=timeout)
+        self._witness = Witness(path, progress="SELECT 0", remedy=REMEDY)
+        self._writer: GroupCommit[Write[Any], Any] = GroupCommit(self._open, _apply, name="config", timeout=timeout, witness=self._witness)
         self._reader = PerProcess(self._open_reader)
         self._watch = PerProcess(self._open_watch)
         self._openings = 0
 
     async def __aenter__(self) -> Self:
-        self.version()
+        try:
+            self.version()
+            await anyio.to_thread.run_sync(look_for_damage, self._reader.get(), self._path, REMEDY)
+        except BaseException:
+            self.close()
+            raise
         return self
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -137,7 +149,7 @@ class ConfigDatabase:
         return cast("T", await self._writer.run(op))
 
     def _open(self) -> sqlite3.Connection:
-        return connect(self._path, durability="FULL", schema=SCHEMA, busy_timeout=self._timeout)
+        return self._witness.open(lambda: connect(self._path, durability="FULL", schema=SCHEMA, busy_timeout=self._timeout, remedy=REMEDY))
 
     def _open_reader(self) -> sqlite3.Connection:
         connection = self._open()

@@ -21,11 +21,18 @@ NETWORK_FILE_SYSTEMS = frozenset(
 )
 
 
-def connect(path: Path, *, durability: Durability, schema: Sequence[str], busy_timeout: float = 5.0) -> sqlite3.Connection:
+DAMAGE = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB})
+CHECK_SECONDS = 2.0
+"""The longest that a start looks for damage; a gigabyte takes about as long. `aigateway check` reads all."""
+
+
+def connect(
+    path: Path, *, durability: Durability, schema: Sequence[str], busy_timeout: float = 5.0, remedy: str | None = None
+) -> sqlite3.Connection:
     """A connection in autocommit mode to the WAL-mode database at `path`, its schema brought up to date.
 
     `schema` is the list of migration scripts; `PRAGMA user_version` counts those that were applied. Raises `StorageUnavailable` when
-    the file cannot be opened and `ConfigurationError` when it was written by a newer version.
+    the file cannot be opened, with the `remedy` where it is damaged, and `ConfigurationError` when it was written by a newer version.
     """
     create_private(path)
     try:
@@ -41,11 +48,40 @@ def connect(path: Path, *, durability: Durability, schema: Sequence[str], busy_t
         migrate(connection, schema, path.name)
     except sqlite3.Error as error:
         connection.close()
+        if remedy is not None and is_damage(error):
+            raise damaged(path, str(error), remedy) from error
         raise StorageUnavailable(f"the database {path.name} cannot be opened: {error}") from error
     except BaseException:
         connection.close()
         raise
     return connection
+
+
+def is_damage(error: sqlite3.Error) -> bool:
+    """Whether the contents of the file are at fault, not its surroundings."""
+    return isinstance(code := getattr(error, "sqlite_errorcode", None), int) and code & 0xFF in DAMAGE
+
+
+def damaged(path: Path, reason: str, remedy: str) -> StorageUnavailable:
+    return StorageUnavailable(f"{path.name} is damaged or no database ({reason}): {remedy}")
+
+
+def look_for_damage(connection: sqlite3.Connection, path: Path, remedy: str) -> None:
+    """Reads the file, its first tables first, for `CHECK_SECONDS` at most. Raises `StorageUnavailable` for what it finds."""
+    deadline = time.monotonic() + CHECK_SECONDS
+    connection.set_progress_handler(lambda: time.monotonic() > deadline, 10_000)
+    try:
+        (found,) = connection.execute("PRAGMA quick_check(1)").fetchone()
+    except sqlite3.OperationalError as error:
+        if error.sqlite_errorcode != sqlite3.SQLITE_INTERRUPT:
+            raise
+        return
+    except sqlite3.DatabaseError as error:
+        raise damaged(path, str(error), remedy) from error
+    finally:
+        connection.set_progress_handler(None, 0)
+    if found != "ok":
+        raise damaged(path, " ".join(found.split()), remedy)
 
 
 def _enter_wal(connection: sqlite3.Connection, busy_timeout: float) -> None:

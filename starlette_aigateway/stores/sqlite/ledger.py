@@ -12,12 +12,12 @@ import anyio.to_thread
 import msgspec
 
 from ...accounts import Budget, Credit, Finding, Hold, HoldRequest, Settlement, UsageQuery, UsageRecord, UsageReport
-from ...errors import AIGatewayError, InvalidArgument, StorageUnavailable
+from ...errors import AIGatewayError, InvalidArgument
 from ...events import BudgetReached
 from ...policy.budgets import THRESHOLDS, check_credit, check_moment, check_request, check_settlement, check_thresholds
 from ...types import Caps, Usage
 from .commit import GroupCommit
-from .connection import Durability, connect
+from .connection import Durability, connect, look_for_damage
 from .ledger_batch import BatchWriter
 from .ledger_budgets import read_budgets
 from .ledger_check import audit
@@ -44,6 +44,12 @@ from .ledger_ops import (
 from .ledger_schema import SCHEMA, Prices
 from .ledger_usage import UsageReader
 from .readers import Readers
+from .witness import Witness
+
+REMEDY = (
+    "stop the service, see with `aigateway check --data-dir ...` what is left, and put a backup back: what was spent since is then in no"
+    " cap. To begin anew, with nothing spent, move ledger.db, ledger.db-wal and ledger.db.lock away"
+)
 
 
 class SQLiteLedger:
@@ -65,28 +71,25 @@ class SQLiteLedger:
         self._timeout = timeout
         self._prices = Prices()
         self._writer = BatchWriter(self._prices, check_thresholds(thresholds))
+        self._witness = Witness(self._path, progress="SELECT coalesce(max(seq), 0) FROM entries", remedy=REMEDY)
         self._commit = GroupCommit[Op, Result](
             self._connect,
             self._writer.apply,
             name="ledger",
-            lock_file=self._path.with_name(self._path.name + ".lock"),
             timeout=timeout,
+            witness=self._witness,
         )
         self._readers = Readers(self._connect, "ledger")
         self._listeners: list[Callable[[BudgetReached], None]] = []
 
     def _connect(self) -> sqlite3.Connection:
-        try:
-            return connect(self._path, durability=self._durability, schema=SCHEMA, busy_timeout=self._timeout)
-        except StorageUnavailable as error:
-            if type(error.__cause__) is not sqlite3.DatabaseError:
-                raise
-            raise StorageUnavailable(
-                f"{self._path.name} is damaged or no database ({error.__cause__}): stop the service, then move it away or restore a backup"
-            ) from error
+        return self._witness.open(
+            lambda: connect(self._path, durability=self._durability, schema=SCHEMA, busy_timeout=self._timeout, remedy=REMEDY)
+        )
 
     async def __aenter__(self) -> Self:
         try:
+            await self._readers.run(lambda connection: look_for_damage(connection, self._path, REMEDY))
             await self.ping()
         except BaseException:
             await self.aclose()
