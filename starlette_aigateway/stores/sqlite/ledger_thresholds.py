@@ -24,17 +24,16 @@ decode_figures = msgspec.json.Decoder(list[tuple[str, str, int, int]]).decode
 
 
 class Watch:
-    """The capped budgets that a batch has looked at or changed. `thresholds` are percents, ascending."""
+    """The capped budgets that a batch has looked at or changed, each under the last cap that it was seen with: that of the hold which was
+    asked for, settled or expired. `thresholds` are percents, ascending."""
 
     def __init__(self, thresholds: Sequence[int]) -> None:
         self._thresholds = thresholds
         self._caps: dict[tuple[str, str], tuple[Window, int]] = {}
-        self._seen: set[tuple[str, Periods, Caps]] = set()
 
     def add(self, scope: str, periods: Periods, caps: Caps) -> None:
-        if caps is NO_CAPS or (scope, periods, caps) in self._seen:
+        if caps is NO_CAPS:
             return
-        self._seen.add((scope, periods, caps))
         for window, period, cap in zip(WINDOWS, periods, caps, strict=True):
             if cap is not None:
                 self._caps[scope, period] = window, cap
