@@ -163,6 +163,17 @@ def test_a_gateway_writes_while_an_audit_has_its_snapshot_open(tmp_path: Path) -
             assert ledger_figures(connection).entries > before.entries
 
 
+def test_what_a_killed_gateway_left_behind_is_audited_too(tmp_path: Path) -> None:
+    with busy_gateway(tmp_path) as process:
+        process.kill()
+        process.wait()
+    assert (tmp_path / "ledger.db-wal").stat().st_size > 0, "nobody has taken the last commits over"
+    told = answer("check", "--data-dir", tmp_path)
+    assert told["findings"] == []
+    assert told["records"] >= 50
+    assert told["entries"] == 2 * told["records"] + told["open_holds"]
+
+
 def test_a_terminal_shows_how_far_it_is_and_a_pipe_does_not(data_dir: Path) -> None:
     ours, theirs = pty.openpty()
     command = [sys.executable, "-m", "starlette_aigateway", "check", "--data-dir", str(data_dir)]
@@ -274,6 +285,13 @@ def test_usage_is_told_as_a_table_as_json_and_as_csv(data_dir: Path) -> None:
     assert (len(records), records[0].partition(",")[0]) == (4, "id")
     for arguments in (("--group-by", "nonsense"), ("--json", "--csv"), ("--since", "yesterday")):
         assert aigateway("usage", "--data-dir", data_dir, *arguments).returncode == 2
+
+
+def test_a_name_is_no_command_to_the_terminal(data_dir: Path) -> None:
+    tamper(data_dir, "UPDATE usage SET model = char(27) || '[2Jgone'")
+    shown = aigateway("usage", "--data-dir", data_dir, "--group-by", "model").stdout
+    assert "\x1b" not in shown
+    assert r"\x1b[2Jgone" in shown
 
 
 def test_every_page_of_records_is_in_the_csv(tmp_path: Path) -> None:
