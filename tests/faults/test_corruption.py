@@ -223,9 +223,10 @@ async def test_a_cache_that_is_damaged_while_the_gateway_runs_is_rebuilt(tmp_pat
         cache = tmp_path / "cache" / "cache.db"
         cache.with_name("cache.db-wal").write_bytes(b"")
         cache.write_bytes(GARBAGE)
-        responses._workers[os.getpid()].memory.clear()
-        assert (await found.cached_call()).headers["x-cache"] == "miss"
-        await responses.flush()
-        responses._workers[os.getpid()].memory.clear()
-        assert (await found.cached_call()).headers["x-cache"] == "hit"
+        caches = []
+        for _ in range(3):  # what is put while the file is set aside is not kept
+            responses._workers[os.getpid()].memory.clear()
+            caches.append((await found.cached_call()).headers["x-cache"])
+            await responses.flush()
+        assert (caches[0], caches[2]) == ("miss", "hit")
     assert [path for path in cache.parent.iterdir() if ".corrupt-" in path.name]
