@@ -221,6 +221,7 @@ class Admission:
                 price=price,
                 default_max_tokens=self._s.default_max_tokens,
                 model_maximum=provider.max_output_tokens,
+                obeyed=provider.bounds_output,
                 min_output_tokens=self._s.min_output_tokens,
             )
             hidden = thinks or provider.reasons(plan.model, target.upstream) or pricing.bills_reasoning(price)

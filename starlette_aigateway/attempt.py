@@ -67,7 +67,7 @@ class Attempt:
         return self._estimated(self.meter.output_bytes())
 
     def _estimated(self, output_bytes: int) -> Usage:
-        bound = self.output_bound
+        bound = self.output_bound if self.priced.provider.bounds_output else self.priced.provider.max_output_tokens
         unseen = (bound or self.priced.ask.output_wanted) if self.priced.hidden else 0
         return estimate.received(output_bytes, input_tokens=self.offer.input_tokens, bound=bound, n=self.call.request.n, unseen=unseen)
 

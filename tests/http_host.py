@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from threading import Condition
 from typing import Any
 
 import httpx
@@ -35,15 +36,49 @@ async def authorize_admin(connection: HTTPConnection) -> Admin | bool:
     return name is not None and Admin(name, tenant=None if name == "root" else name)
 
 
+class Ear:
+    """An observer, and how much there was to hear: a route emits before it answers, and observers are told a little later."""
+
+    def __init__(self) -> None:
+        self.emitted = 0
+        self._heard: list[AdminActed] = []
+        self._news = Condition()
+
+    def listen_to(self, gateway: AIGateway) -> None:
+        emit = gateway._observers.emit
+
+        def counted(event: Event) -> None:
+            self.emitted += isinstance(event, AdminActed)
+            emit(event)
+
+        gateway._observers.emit = counted  # type: ignore[method-assign]  # counts what is on its way
+
+    async def __call__(self, event: Event) -> None:
+        if isinstance(event, AdminActed):
+            with self._news:
+                self._heard.append(event)
+                self._news.notify_all()
+
+    def heard(self) -> list[AdminActed]:
+        """All that was emitted by now."""
+        with self._news:
+            assert self._news.wait_for(lambda: len(self._heard) >= self.emitted, timeout=20)
+            return [*self._heard]
+
+
 @dataclass
 class Service:
     """A gateway at a real socket; `acted` is what its observer was told of admins."""
 
     client: httpx.Client
     gateway: AIGateway
-    acted: list[AdminActed] = field(default_factory=list)
+    ear: Ear = field(default_factory=Ear)
     key_id: str = "key_none"
     credit_id: str = "crd_none"
+
+    @property
+    def acted(self) -> list[AdminActed]:
+        return self.ear.heard()
 
     def call(self, method: str, path: str, headers: dict[str, str] | None = None, **more: Any) -> httpx.Response:
         return self.client.request(method, path, headers=ROOT if headers is None else headers, **more)
@@ -71,15 +106,11 @@ def settings(**more: Any) -> dict[str, Any]:
 
 @contextmanager
 def service(**more: Any) -> Iterator[Service]:
-    acted: list[AdminActed] = []
-
-    async def observe(event: Event) -> None:
-        if isinstance(event, AdminActed):
-            acted.append(event)
-
-    gateway = AIGateway.in_memory(**settings(observers=[observe], **more))
+    ear = Ear()
+    gateway = AIGateway.in_memory(**settings(observers=[ear], **more))
+    ear.listen_to(gateway)
     with serve(gateway) as url, httpx.Client(base_url=url, timeout=30) as client:
-        yield Service(client, gateway, acted)
+        yield Service(client, gateway, ear)
 
 
 @dataclass

@@ -280,6 +280,19 @@ async def test_a_provider_that_cannot_bound_its_output_is_left_out_under_a_cap_u
         await gateway.complete(capped(), ask())
 
 
+@pytest.mark.parametrize("given", [10, None])
+async def test_a_provider_that_does_not_obey_a_bound_is_held_for_all_that_it_may_say(given: int | None) -> None:
+    """Whatever the caller asks for, 300 tokens may come."""
+    usage = Usage(input_tokens=1, output_tokens=300)
+    provider = ScriptedProvider(Say("a", usage=usage), bounds_output=False, max_output_tokens=300)
+    async with gateway_with(provider) as gateway:
+        with pytest.raises(SpendCapExceeded):
+            await gateway.complete(Principal("poor", hard_cap_usd="0.55"), ask(max_tokens=given))
+        await gateway.complete(Principal("rich", hard_cap_usd=100), ask(max_tokens=given))
+        (record,) = (await gateway.usage()).data
+        assert record.outcome == "completed", "300 tokens are within what was held"
+
+
 async def test_parallel_calls_are_counted_by_open_holds() -> None:
     go, arrived = anyio.Event(), anyio.Event()
     principal = Principal("p", max_parallel_requests=1)

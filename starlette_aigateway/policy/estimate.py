@@ -112,15 +112,19 @@ def ask(
     price: Price | None,
     default_max_tokens: int | None = None,
     model_maximum: int | None = None,
+    obeyed: bool = True,
     min_output_tokens: int = MIN_OUTPUT_TOKENS,
 ) -> Ask:
     """What to reserve for one attempt.
 
     The caller's own `max_tokens` fits or does not. Without one, the bound is `default_max_tokens`, never above `model_maximum`, else
-    that, else `DEFAULT_MAX_TOKENS`; and the budget may lower it down to `min_output_tokens`.
+    that, else `DEFAULT_MAX_TOKENS`; and the budget may lower it down to `min_output_tokens`. Where a bound is not `obeyed`, all of
+    `model_maximum` may come, whatever is asked for.
     """
     given = request.max_tokens is not None
-    if request.max_tokens is not None:
+    if not obeyed and model_maximum is not None:
+        output = least = model_maximum
+    elif request.max_tokens is not None:
         output = least = request.max_tokens
     else:
         bounds = [bound for bound in (default_max_tokens, model_maximum) if bound is not None]
