@@ -22,9 +22,9 @@ from starlette.types import Receive, Scope, Send
 from .accounts import GATEWAY_SCOPE
 from .administration import Administration
 from .background import Background
-from .cache import DiskResponseCache
 from .caller import Caller
 from .drains import MAX_DRAIN_BYTES, MAX_DRAINS, Drains, OnDisconnect
+from .embedded import Embedded, directory_of
 from .entropy import Pool
 from .errors import ConfigurationError, InvalidArgument
 from .http.app import HTTPApp
@@ -47,15 +47,6 @@ from .providers.simple import RegisteredProvider, adapt
 from .public_prices import PublicPrices
 from .quotes import Quote
 from .services import Services
-from .stores.sqlite.config import ConfigDatabase
-from .stores.sqlite.connection import prepare_directory
-from .stores.sqlite.idempotency import SQLiteIdempotencyStore
-from .stores.sqlite.keys import SQLiteKeyStore
-from .stores.sqlite.ledger import SQLiteLedger
-from .stores.sqlite.prices import SQLitePriceStore
-from .stores.sqlite.prompts import SQLitePromptStore
-from .stores.sqlite.tenants import SQLiteTenantStore
-from .stores.sqlite.windows import SQLiteWindowStorage
 from .streams import AnswerStream
 from .types import (
     Answer,
@@ -138,7 +129,7 @@ class AIGateway(Administration):
         random: Callable[[int], bytes] = os.urandom,
     ) -> None:
         timeouts = timeouts or Timeouts()
-        embedded = Embedded(_directory(data_dir), timeouts, clock, cache or CachePolicy())
+        embedded = Embedded(directory_of(data_dir), timeouts, clock, cache or CachePolicy())
         stores = [keys, tenants, price_store, prompts, ledger, responses, windows, idempotency]
         if data_dir is None and any(store is None for store in stores):
             raise ConfigurationError(
@@ -245,7 +236,6 @@ class AIGateway(Administration):
 
     async def _start(self, opened: AsyncExitStack) -> None:
         if self._embedded is not None:
-            prepare_directory(self._embedded.directory)
             await self._embedded.open(opened)
         stores = (
             self._keys, self._tenants, self._stored_prices, self._prompts, self._ledger_store, self._responses, self._storage,
@@ -394,59 +384,6 @@ class AIGateway(Administration):
             await _serve_lifespan(self.lifespan, receive, send)
         else:
             await self._http(scope, receive, send)
-
-
-class Embedded:
-    """The stores of one `data_dir`; each object is made at most once, and nothing is opened."""
-
-    def __init__(self, directory: Path, timeouts: Timeouts, clock: Clock, cache: CachePolicy) -> None:
-        self.directory = directory
-        self._timeouts = timeouts
-        self._clock = clock
-        self._cache = cache
-        self._config = ConfigDatabase(directory / "config.db", timeout=timeouts.storage)
-        self._configures = False
-
-    def keys(self) -> KeyStore:
-        return SQLiteKeyStore(self._configuration())
-
-    def tenants(self) -> TenantStore:
-        return SQLiteTenantStore(self._configuration())
-
-    def prices(self) -> PriceStore:
-        return SQLitePriceStore(self._configuration())
-
-    def prompts(self) -> PromptStore:
-        return SQLitePromptStore(self._configuration())
-
-    def ledger(self, thresholds: Sequence[int]) -> Ledger:
-        return SQLiteLedger(self.directory / "ledger.db", timeout=self._timeouts.storage, thresholds=thresholds)
-
-    def responses(self) -> ResponseCache:
-        return DiskResponseCache(self.directory / "cache", size_limit=self._cache.size_limit_bytes, clock=self._clock)
-
-    def windows(self) -> Storage:
-        return SQLiteWindowStorage(path=self.directory / "windows.db", clock=self._clock, timeout=self._timeouts.storage)
-
-    def idempotency(self) -> IdempotencyStore:
-        return SQLiteIdempotencyStore(self.directory / "answers.db", timeout=self._timeouts.storage)
-
-    async def open(self, opened: AsyncExitStack) -> None:
-        """What is not a store of its own; the stores are entered by whoever asked for them."""
-        if self._configures:
-            await opened.enter_async_context(self._config)
-
-    def _configuration(self) -> ConfigDatabase:
-        self._configures = True
-        return self._config
-
-
-def _directory(data_dir: str | os.PathLike[str] | None) -> Path:
-    if data_dir is None:
-        return Path(os.devnull)  # never used: every store is the host's own
-    if not isinstance(data_dir, str | os.PathLike) or not os.fspath(data_dir):
-        raise ConfigurationError(f"data_dir must be a path, not {type(data_dir).__name__}", param="data_dir")
-    return Path(data_dir)
 
 
 def _limits(limits: Limits | None, name: str) -> Limits | None:

@@ -30,7 +30,7 @@ LAYERS: tuple[dict[str, set[str]], ...] = (
     },
     {"http": {"http"}},
     {"caller": {"caller"}},
-    {"gateway": {"gateway"}},
+    {"gateway": {"embedded", "gateway"}},
     {"middleware": {"middleware"}},
     {"front": {""}},
     {"testing": {"testing"}, "command": {"cli", "commands", "__main__"}},
