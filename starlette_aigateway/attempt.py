@@ -50,6 +50,11 @@ class Attempt:
         return self.offer.output_bound(self.call.request, self.priced, self.hold.amount)
 
     @property
+    def kept_bound(self) -> int | None:
+        """The output bound in tokens that the provider keeps: what is sent, or its own maximum where it does not obey that."""
+        return self.output_bound if self.priced.provider.bounds_output else self.priced.provider.max_output_tokens
+
+    @property
     def lowered_to(self) -> int | None:
         """The bound, where the budget afforded less output than was wanted."""
         bound = self.output_bound
@@ -67,7 +72,7 @@ class Attempt:
         return self._estimated(self.meter.output_bytes())
 
     def _estimated(self, output_bytes: int) -> Usage:
-        bound = self.output_bound if self.priced.provider.bounds_output else self.priced.provider.max_output_tokens
+        bound = self.kept_bound
         unseen = (bound or self.priced.ask.output_wanted) if self.priced.hidden else 0
         return estimate.received(output_bytes, input_tokens=self.offer.input_tokens, bound=bound, n=self.call.request.n, unseen=unseen)
 
@@ -108,7 +113,7 @@ class Attempt:
             self.hold,
             self.priced.price,
             usage if usage is not None else self._estimated(output_bytes()),
-            bounded=self.output_bound is not None,
+            bounded=self.kept_bound is not None,
             reported=usage is not None,
             model=model,
             latency_ms=self.latency_ms,

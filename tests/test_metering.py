@@ -76,8 +76,14 @@ def test_what_nobody_told_is_estimated_at_the_dearest_rates() -> None:
         Usage(input_tokens=-1, output_tokens=5),
         Usage(input_tokens=1, output_tokens=-5),
         Usage(input_tokens=1, output_tokens=10**12),
+        Usage(input_tokens=1, output_tokens=5, cache_read_input_tokens=-1),
+        Usage(input_tokens=1, output_tokens=5, cache_creation_1h_input_tokens=-1),
+        Usage(input_tokens=1, output_tokens=5, reasoning_output_tokens=10**12),
     ],
 )
 def test_a_usage_that_cannot_be_true_was_not_reported(usage: Usage | None) -> None:
     assert metering.plausible(usage) is None
     assert metering.plausible(USAGE) == USAGE
+    failed = metering.failed(HOLD, PRICE, ProviderError("x", billed=usage or "unknown"), received=None, latency_ms=0)
+    assert failed is not None
+    assert (failed.outcome, failed.amount, failed.usage) == ("ambiguous", HOLD.amount, None)

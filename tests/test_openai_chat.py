@@ -294,6 +294,8 @@ FIRST_PART = "messages[0].content[1]"
         (part(type="image_url", image_url={"url": PICTURE, "detail": ["low"]}), f"{FIRST_PART}.image_url"),
         (part(type="image_url", image_url={"url": "data:application/pdf;base64,AA=="}), f"{FIRST_PART}.image_url"),
         (part(type="image_url", image_url={"url": [PICTURE]}), f"{FIRST_PART}.image_url"),
+        (part(type="image_url", image_url="data:image/png,text"), f"{FIRST_PART}.image_url"),
+        (part(type="image_url", image_url="data:image/svg+xml;base64,AA=="), f"{FIRST_PART}.image_url"),
         (part(type="image_url", image_url=PICTURE, file={"file_id": "f"}), f"{FIRST_PART}.file"),
         (part(type="input_audio", input_audio={}), f"{FIRST_PART}.input_audio"),
         (part(type="file", file={"file_data": "x"}), f"{FIRST_PART}.file"),
@@ -346,7 +348,7 @@ def test_all_that_has_no_bound_is_found_so_that_one_that_is_allowed_hides_no_oth
         request(params={"functions": [{"name": "f"}], "top_k": 5, "thinking": {"type": "adaptive"}}),
         request(max_tokens=2001, params={"thinking": {"type": "enabled", "budget_tokens": 2000}}),
         part(type="image_url", image_url={"url": PICTURE}),
-        part(type="image_url", image_url={"url": "DATA:image/JPEG;base64,AA==", "detail": "low"}),
+        part(type="image_url", image_url={"url": "DATA:image/JPEG;charset=x;BASE64,AA==", "detail": "low"}),
         request(
             {"role": "tool", "tool_call_id": "t", "content": [{"type": "text", "text": "a"}, {"type": "image_url", "image_url": PICTURE}]}
         ),

@@ -9,6 +9,8 @@ from typing import Any
 
 import anyio
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from starlette_aigateway import (
     AIGateway,
@@ -27,9 +29,11 @@ from starlette_aigateway import (
     UsageRecord,
 )
 from starlette_aigateway.errors import InvalidArgument
+from starlette_aigateway.policy import estimate
 from starlette_aigateway.providers import AnthropicProvider, OpenAIProvider
 from starlette_aigateway.providers.simple import adapt
 from starlette_aigateway.testing import Hang, Say, ScriptedProvider
+from starlette_aigateway.wires import openai_chat
 
 pytestmark = pytest.mark.anyio
 
@@ -229,3 +233,48 @@ def test_a_provider_of_the_hosts_own_may_say_whether_its_models_think(said: Any,
     provider = ScriptedProvider()
     provider.reasons = said
     assert adapt(provider).reasons("a", "b") is expected
+
+
+async def test_a_provider_that_does_not_obey_is_held_at_its_own_maximum_whatever_bound_is_asked_for() -> None:
+    most = Usage(input_tokens=10, output_tokens=300)
+    provider = ScriptedProvider(Say("a", most), Say("b", most), bounds_output=False, max_output_tokens=300)
+    async with gateway_with(provider, default_max_tokens=20) as gateway:
+        for asked in (10, None):
+            with pytest.raises(SpendCapExceeded):
+                await gateway.complete(capped("0.0006"), ask(max_tokens=asked))
+            await gateway.complete(capped(), ask(max_tokens=asked))
+        assert [record.outcome for record in (await gateway.usage()).data] == ["completed", "completed"]
+        assert [call.max_tokens for call in provider.calls] == [10, 300]
+
+
+@pytest.mark.parametrize(("maximum", "estimated"), [(300, 300), (None, 900)])
+async def test_what_a_provider_that_does_not_obey_said_is_no_less_because_less_was_asked_for(maximum: int | None, estimated: int) -> None:
+    provider = ScriptedProvider(Say("x" * 900, usage=None), bounds_output=False, max_output_tokens=maximum)
+    async with gateway_with(provider) as gateway:
+        await gateway.complete(NOBODY, ask(max_tokens=10))
+        (record,) = (await gateway.usage()).data
+        assert record.usage.output_tokens >= estimated
+        assert record.cost >= record.usage.output_tokens * 2_000
+
+
+text_parts = st.fixed_dictionaries({"type": st.just("text"), "text": st.text(st.characters(exclude_categories=["Cs"]), max_size=30)})
+picture_parts = st.builds(picture, st.sampled_from([None, "low", "high", "auto"]), st.just("data:image/png;base64," + "A" * 400))
+contents = st.lists(text_parts | picture_parts, min_size=1, max_size=4)
+said = st.lists(st.fixed_dictionaries({"role": st.sampled_from(["user", "system"]), "content": contents}), min_size=1, max_size=4)
+tools = st.lists(
+    st.fixed_dictionaries({"type": st.just("function"), "function": st.fixed_dictionaries({"name": st.text("abc", max_size=20)})})
+)
+
+
+@given(said=said, tools=tools, low=st.integers(0, 5_000), high=st.integers(0, 50_000))
+def test_no_request_has_more_tokens_than_its_bytes_its_images_and_its_frames(said: Any, tools: Any, low: int, high: int) -> None:
+    bounds = ImageTokens(low=low, high=high)
+    request = CompletionRequest(model="m", messages=said, params={"tools": tools} if tools else {})
+    assert list(openai_chat.unbounded_parameters(request)) == []
+    images = openai_chat.images(request, bounds)
+    parts = [part for message in said for part in message["content"]]
+    text = sum(len(part["text"].encode()) for part in parts if part["type"] == "text")
+    text += sum(len(tool["function"]["name"]) for tool in tools)
+    seen = sum(bounds.at(part["image_url"].get("detail")) for part in parts if part["type"] == "image_url")
+    frames = 4 * len(said) + 3 + (530 + 12 * len(tools) if tools else 0)
+    assert estimate.input_bound(request, extra=images.tokens - images.bytes) >= text + seen + frames

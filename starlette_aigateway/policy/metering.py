@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from msgspec.structs import astuple
+
 from ..accounts import Hold, Outcome, Settlement
 from ..errors import ProviderError
 from ..types import Price, Usage
@@ -36,11 +38,10 @@ def failed(hold: Hold, price: Price | None, error: ProviderError, *, received: U
     at the bound: at least that is booked, the full hold otherwise, since nobody knows."""
     if error.billed == "no":
         return None
-    if isinstance(error.billed, Usage):
-        amount = pricing.cost(error.billed, price)
-        return Settlement(
-            outcome="overrun" if amount > hold.amount else "completed", amount=amount, usage=error.billed, latency_ms=latency_ms
-        )
+    billed = plausible(error.billed) if isinstance(error.billed, Usage) else None
+    if billed is not None:
+        amount = pricing.cost(billed, price)
+        return Settlement(outcome="overrun" if amount > hold.amount else "completed", amount=amount, usage=billed, latency_ms=latency_ms)
     floor = 0 if received is None else _estimate(received, price)
     return Settlement(outcome="ambiguous", amount=max(hold.amount, floor), usage=received, latency_ms=latency_ms)
 
@@ -60,7 +61,7 @@ def _estimate(usage: Usage, price: Price | None) -> int:
 
 def plausible(usage: Usage | None) -> Usage | None:
     """The usage that a provider reported, if it can be true."""
-    if usage is None or not (0 <= usage.input_tokens <= MAX_TOKENS and 0 <= usage.output_tokens <= MAX_TOKENS):
+    if usage is None or not all(0 <= tokens <= MAX_TOKENS for tokens in astuple(usage)):
         return None
     return usage
 

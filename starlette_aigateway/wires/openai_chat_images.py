@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from ..types import CompletionRequest, ImageTokens
 
 IMAGE_PARTS = frozenset({"image_url", "input_image", "image"})
-_IMAGE = re.compile(r"data:image/(png|jpe?g|webp|gif|heic|heif|bmp)[;,]", re.IGNORECASE)
+_IMAGE = re.compile(r"data:image/(png|jpe?g|webp|gif|heic|heif|bmp)(;[\w.+=-]+)*;base64,", re.IGNORECASE)
 """Pictures of one page: a PDF or an SVG in the place of an image has no bound (RFC 2397 for the form)."""
 
 
