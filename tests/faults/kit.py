@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -100,12 +100,14 @@ async def until_booked(gateway: AIGateway, count: int = 1) -> None:
             await anyio.sleep(0.005)
 
 
-class CancelAt:
-    """Cancels its task at the n-th time that it is about to wait; a deterministic walk through every await of a call."""
+class AtAwait:
+    """Runs an awaitable; the n-th time that it is about to wait, `act` cancels it, or gives the error that it gets instead of waiting. What
+    it would have waited for happens all the same. A deterministic walk through every await of a call."""
 
-    def __init__(self, awaitable: Any, at: int) -> None:
+    def __init__(self, awaitable: Any, at: int, act: Callable[[], BaseException | None]) -> None:
         self._iterator = awaitable.__await__()
         self._at = at
+        self._act = act
         self.waits = 0
 
     def __await__(self) -> Any:
@@ -122,36 +124,35 @@ class CancelAt:
                 return stop.value
             self.waits += 1
             if self.waits == self._at:
-                error = self._interrupt()
+                error = self._act()
             if error is None:
                 try:
                     sent = yield yielded
                 except BaseException as thrown:  # noqa: BLE001  # handed on into the awaitable, whatever it is
                     error, sent = thrown, None
 
-    def _interrupt(self) -> BaseException | None:
-        task = asyncio.current_task()
-        assert task is not None
-        task.get_loop().call_soon(task.cancel)
-        return None
+
+class CancelAt(AtAwait):
+    """Cancels its task, as asyncio does."""
+
+    def __init__(self, awaitable: Any, at: int) -> None:
+        super().__init__(awaitable, at, cancel_task)
 
 
-class RaiseAt(CancelAt):
-    """Instead of waiting the n-th time, the awaitable gets an error. What it would have waited for happens all the same."""
-
-    def __init__(self, awaitable: Any, at: int, error: BaseException) -> None:
-        super().__init__(awaitable, at)
-        self._error = error
-
-    def _interrupt(self) -> BaseException | None:
-        return self._error
+def cancel_task() -> None:
+    task = asyncio.current_task()
+    assert task is not None
+    task.get_loop().call_soon(task.cancel)
 
 
 class Visitor:
-    """A client of the ASGI app, without a server: it leaves when `left` is set. `sent` is what it was answered."""
+    """A client of the ASGI app, without a server: it leaves when `left` is set. `sent` is what it was answered; the `fails_at`-th of it
+    raises `error`."""
 
-    def __init__(self, gateway: AIGateway, path: str, **fields: Any) -> None:
+    def __init__(self, gateway: AIGateway, path: str, *, user: str = WHO.id, **fields: Any) -> None:
         self.gateway = gateway
+        self.fails_at = 0
+        self.error: Exception = OSError("gone")
         self.left = anyio.Event()
         self.answered = anyio.Event()
         self.sent: list[Any] = []
@@ -166,7 +167,7 @@ class Visitor:
             "raw_path": path.encode(),
             "query_string": b"",
             "root_path": "",
-            "headers": [(b"content-type", b"application/json"), (b"x-user", WHO.id.encode())],
+            "headers": [(b"content-type", b"application/json"), (b"x-user", user.encode())],
             "client": ("127.0.0.1", 1),
             "server": ("127.0.0.1", 80),
         }
@@ -183,6 +184,8 @@ class Visitor:
 
     async def _send(self, message: Any) -> None:
         self.sent.append(message)
+        if len(self.sent) == self.fails_at:
+            raise self.error
         if message.get("body"):
             self.answered.set()
 

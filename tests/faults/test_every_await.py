@@ -1,0 +1,320 @@
+"""A call and a stream, cut off at every await in turn: the caller cancelled, the call's own work cancelled, an error out of each await.
+
+After each, nothing is held, every provider call that was made has its record, and what was booked is at least what the provider billed.
+"""
+
+import asyncio
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
+from typing import Any, Literal, TypeAlias
+
+import anyio
+import pytest
+
+from starlette_aigateway import (
+    AIGateway,
+    Chunk,
+    Completion,
+    CompletionRequest,
+    Principal,
+    ProviderError,
+    RetryPolicy,
+    StorageUnavailable,
+    Timeouts,
+    Usage,
+)
+from starlette_aigateway.background import Job, Work
+from starlette_aigateway.drains import OnDisconnect
+
+from .kit import AtAwait, FaultyLedger, Visitor, cancel_task, gateway_over, owned_by, who_it_says
+
+pytestmark = pytest.mark.anyio
+
+Script: TypeAlias = Literal["retry", "fallback", "fallback after a bill", "answer"]
+Act: TypeAlias = Callable[[], BaseException | None]
+WORDS = ("one ", "two ", "three")
+USAGE = Usage(input_tokens=10, output_tokens=len(WORDS))
+TIMEOUTS = Timeouts(drain=5, settle=1, storage=1)
+
+
+class Billing:
+    """Fails the first call of each text, with `error`, and answers the others. `calls` counts by text, and `bill` is what it charges, in
+    nano-USD: the input when it is asked, the output with every word that it gives."""
+
+    def __init__(self, name: str, error: ProviderError | None = None) -> None:
+        self.name = name
+        self.bill: Counter[str] = Counter()
+        self.calls: Counter[str] = Counter()
+        self._error = error
+
+    async def complete(self, request: CompletionRequest) -> Completion:
+        text = self._asked(request)
+        self.bill[text] += len(WORDS) * 2_000_000
+        await anyio.lowlevel.checkpoint()
+        return Completion(message={"role": "assistant", "content": "".join(WORDS)}, usage=USAGE, finish_reason="stop")
+
+    async def stream(self, request: CompletionRequest) -> AsyncIterator[Chunk]:
+        text = self._asked(request)
+        for word in WORDS:
+            await anyio.lowlevel.checkpoint()
+            self.bill[text] += 2_000_000
+            yield Chunk(delta={"content": word})
+        yield Chunk(finish_reason="stop")
+        yield Chunk(usage=USAGE)
+
+    def _asked(self, request: CompletionRequest) -> str:
+        text = str(request.messages[0]["content"])
+        self.calls[text] += 1
+        if self._error is not None and self.calls[text] == 1:
+            if self._error.billed != "no":
+                self.bill[text] += USAGE.input_tokens * 1_000_000
+            raise self._error
+        self.bill[text] += USAGE.input_tokens * 1_000_000
+        return text
+
+
+def providers_for(script: Script) -> list[Billing]:
+    down = ProviderError("down", billed="no", status=500)
+    match script:
+        case "answer":
+            return [Billing("first")]
+        case "retry":
+            return [Billing("first", down)]
+        case "fallback":
+            return [Billing("first", down), Billing("second")]
+        case "fallback after a bill":
+            return [Billing("first", ProviderError("lost")), Billing("second")]
+
+
+class Walk:
+    """One gateway, and a call of a principal of its own for each step."""
+
+    def __init__(self, gateway: AIGateway, providers: list[Billing], *, stream: bool, key: bool) -> None:
+        self.gateway = gateway
+        self._providers = providers
+        self._stream = stream
+        self._key = key
+        self._at = 0
+
+    def next(self) -> int:
+        self._at += 1
+        assert self._at < 500, "the walk does not end"
+        return self._at
+
+    def go_to(self, step: int) -> None:
+        assert step < 500, "the walk does not end"
+        self._at = step
+
+    @property
+    def who(self) -> Principal:
+        return Principal(f"user{self._at}", hard_cap_usd="100")
+
+    @property
+    def text(self) -> str:
+        return f"step {self._at}"
+
+    @property
+    def request(self) -> CompletionRequest:
+        return CompletionRequest(model="m", messages=[{"role": "user", "content": self.text}])
+
+    async def call(self) -> None:
+        request = self.request
+        key = f"key{self._at}" if self._key else None
+        if not self._stream:
+            await self.gateway.complete(self.who, request, idempotency_key=key)
+            return
+        async with self.gateway.stream(self.who, request, idempotency_key=key) as answer:
+            async for _ in answer:
+                pass
+
+    async def check(self) -> None:
+        """What must hold after whatever happened."""
+        await quiet(self.gateway)
+        where = f"cut off at await {self._at}"
+        records = (await self.gateway.usage(principal=self.who.id)).data
+        calls = sum(provider.calls[self.text] for provider in self._providers)
+        unmade = len(records) - calls
+        released = [record for record in records if record.outcome == "released"]
+        assert max(budget.held for budget in await self.gateway.budgets(self.who)) == 0, where
+        assert 0 <= unmade <= len(released), f"{calls} calls and {[record.outcome for record in records]}, {where}"
+        assert sum(record.cost for record in records) >= sum(provider.bill[self.text] for provider in self._providers), where
+        assert await self.gateway.check_ledger() == [], where
+
+
+async def quiet(gateway: AIGateway) -> None:
+    """Every job has ended, and the ledger has taken what was left for later."""
+    with anyio.fail_after(10), suppress(asyncio.CancelledError):
+        background = gateway._background
+        for job in [job for owner in background._owners for job in owner.jobs]:
+            await job.finished()
+        if background._tasks:
+            await asyncio.wait(background._tasks)
+    with anyio.fail_after(10):
+        while gateway._outbox.waiting:
+            await gateway._outbox.deliver()
+
+
+@asynccontextmanager
+async def walking(
+    ledger: FaultyLedger, script: Script, *, stream: bool, owned: bool, key: bool, on_disconnect: OnDisconnect = "drain"
+) -> AsyncIterator[Walk]:
+    providers = providers_for(script)
+    retries = RetryPolicy(rounds=2, backoff=0.001)
+    gateway = gateway_over(
+        ledger, *providers, timeouts=TIMEOUTS, retries=retries, resolve_principal=who_it_says, on_disconnect=on_disconnect
+    )
+    async with owned_by(gateway, owned):
+        yield Walk(gateway, providers, stream=stream, key=key)
+
+
+def cut_work(gateway: AIGateway, at: int, act: Callable[[Job[Any]], BaseException | None]) -> list[AtAwait]:
+    """From now on the work of each job of the gateway is cut off at await `at`."""
+    cuts: list[AtAwait] = []
+    start = type(gateway._background).start
+
+    def starting(work: Work[Any], limit: float) -> Any:
+        def cut(job: Job[Any]) -> Awaitable[Any]:
+            cuts.append(AtAwait(work(job), at, lambda: act(job)))
+            return cuts[-1]
+
+        async def walked(job: Job[Any]) -> Any:
+            return await cut(job)
+
+        return start(gateway._background, walked, limit)
+
+    gateway._background.start = starting  # type: ignore[method-assign,assignment]  # for the step that follows
+    return cuts
+
+
+every_way = [
+    pytest.mark.parametrize("stream", [False, True], ids=["complete", "stream"]),
+    pytest.mark.parametrize("owned", [True, False], ids=["owned", "bare"]),
+    pytest.mark.parametrize("key", [False, True], ids=["", "key"]),
+    pytest.mark.parametrize("script", ["retry", "fallback", "fallback after a bill"]),
+]
+
+
+def in_every_way(test: Any) -> Any:
+    for mark in every_way:
+        test = mark(test)
+    return test
+
+
+@in_every_way
+@pytest.mark.parametrize("mode", ["drain", "cancel"])
+async def test_a_caller_cancelled_at_any_await(
+    ledger: FaultyLedger, stream: bool, owned: bool, key: bool, script: Script, mode: OnDisconnect
+) -> None:
+    async with walking(ledger, script, stream=stream, owned=owned, key=key, on_disconnect=mode) as walk:
+        survived = False
+        while not survived:
+            at = walk.next()
+            with anyio.CancelScope() as scope:
+                cut = AtAwait(walk.call(), at, scope.cancel)
+                await in_coroutine(cut)
+                survived = cut.waits < at
+            await walk.check()
+        assert walk.next() > 2
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+@in_every_way
+async def test_a_caller_whose_task_is_cancelled_at_any_await_while_the_gateway_stops(
+    ledger: FaultyLedger, stream: bool, owned: bool, key: bool, script: Script
+) -> None:
+    survived = False
+    at = 0
+    while not survived:
+        async with walking(ledger, script, stream=stream, owned=owned, key=key) as walk:
+            walk.go_to(at := at + 1)
+            cut = AtAwait(walk.call(), at, cancel_task)
+            with suppress(asyncio.CancelledError):
+                await asyncio.ensure_future(in_coroutine(cut))
+                survived = cut.waits < at
+        async with walk.gateway:
+            await walk.check()
+    assert at > 1
+
+
+async def in_coroutine(awaitable: Awaitable[None]) -> None:
+    await awaitable
+
+
+@in_every_way
+async def test_a_call_whose_own_work_is_cancelled_at_any_await(
+    ledger: FaultyLedger, stream: bool, owned: bool, key: bool, script: Script
+) -> None:
+    def at_its_deadline(job: Job[Any]) -> None:
+        job._scope.cancel()
+
+    await walk_through_work(ledger, script, at_its_deadline, stream=stream, owned=owned, key=key)
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+@in_every_way
+async def test_a_call_whose_own_task_is_cancelled_at_any_await(
+    ledger: FaultyLedger, stream: bool, owned: bool, key: bool, script: Script
+) -> None:
+    """As a loop does that is being closed: without regard for shields."""
+    await walk_through_work(ledger, script, lambda job: cancel_task(), stream=stream, owned=owned, key=key)
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+@pytest.mark.parametrize(
+    "error", [RuntimeError("bug"), StorageUnavailable("away"), OSError("disk")], ids=lambda error: type(error).__name__
+)
+@in_every_way
+async def test_an_error_out_of_any_await_of_a_call(
+    ledger: FaultyLedger, error: Exception, stream: bool, owned: bool, key: bool, script: Script
+) -> None:
+    await walk_through_work(ledger, script, lambda job: error, stream=stream, owned=owned, key=key)
+
+
+@pytest.mark.parametrize("owned", [True, False], ids=["owned", "bare"])
+@pytest.mark.parametrize("mode", ["drain", "cancel"])
+async def test_a_reader_cancelled_at_any_chunk(ledger: FaultyLedger, owned: bool, mode: OnDisconnect) -> None:
+    async with walking(ledger, "fallback", stream=True, owned=owned, key=False, on_disconnect=mode) as walk:
+        read = 0
+        while read < len(WORDS) + 2:
+            at = walk.next()
+            read = 0
+            with anyio.CancelScope() as scope:
+                async with walk.gateway.stream(walk.who, walk.request) as answer:
+                    async for _ in answer:
+                        read += 1
+                        if read == at:
+                            scope.cancel()
+            await walk.check()
+
+
+@pytest.mark.parametrize("owned", [True, False], ids=["owned", "bare"])
+@pytest.mark.parametrize("mode", ["drain", "cancel"])
+@pytest.mark.parametrize("error", [OSError("gone"), RuntimeError("a server's bug")], ids=["gone", "bug"])
+async def test_a_client_to_whom_any_send_fails(ledger: FaultyLedger, owned: bool, mode: OnDisconnect, error: Exception) -> None:
+    async with walking(ledger, "fallback", stream=True, owned=owned, key=False, on_disconnect=mode) as walk:
+        sent = 0
+        while sent < len(WORDS) + 2:
+            at = walk.next()
+            visitor = Visitor(walk.gateway, "/complete", user=walk.who.id, stream=True, messages=walk.request.messages)
+            visitor.fails_at, visitor.error = at, error
+            with suppress(RuntimeError):
+                await visitor()
+            sent = len(visitor.sent)
+            await walk.check()
+
+
+async def walk_through_work(
+    ledger: FaultyLedger, script: Script, act: Callable[[Job[Any]], BaseException | None], *, stream: bool, owned: bool, key: bool
+) -> None:
+    async with walking(ledger, script, stream=stream, owned=owned, key=key) as walk:
+        survived = False
+        while not survived:
+            at = walk.next()
+            cuts = cut_work(walk.gateway, at, act)
+            with suppress(Exception):
+                await walk.call()
+            assert cuts, "no job was started"
+            survived = all(cut.waits < at for cut in cuts)
+            await walk.check()
+        assert walk.next() > 4
