@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any, TypeVar
 
 import anyio
@@ -73,11 +73,17 @@ class Idempotency:
         return result
 
     async def _claim(self, job: Job[Any], slot: Slot, holder: str) -> Claim:
-        """A claim that is granted while its caller leaves is not lost: the job goes on with it, or releases it."""
+        """A claim that is granted while its caller leaves is not lost: the job goes on with it, or releases it. So is one of which the job
+        did not learn, unless the store hangs."""
         patience = 2 * self._timeouts.storage
         now = self._clock()
-        with job.critical(patience):
-            return await self._store.claim(slot.key, slot.fingerprint, holder=holder, until=now + LEASE, now=now)
+        with job.critical(patience) as scope:
+            try:
+                return await self._store.claim(slot.key, slot.fingerprint, holder=holder, until=now + LEASE, now=now)
+            except BaseException:
+                if not scope.cancel_called:
+                    await self._last_try(job, slot, holder, None)
+                raise
         raise StorageUnavailable("the idempotency store did not answer in time", retry_after=1.0)
 
     @asynccontextmanager
@@ -106,15 +112,24 @@ class Idempotency:
     async def _conclude(self, job: Job[Any], slot: Slot, holder: str, outcome: Outcome | None) -> None:
         """Keeps `outcome`, or frees the key where there is none. Retried while the store is away."""
         value = None if outcome is None else policy.encode(outcome, max_bytes=self._policy.max_answer_bytes)
-        with job.critical(self._timeouts.settle):
-            while True:
-                try:
-                    await self._write(slot, holder, value)
-                except StorageUnavailable:
-                    await anyio.sleep(0.1)
-                else:
-                    return
+        try:
+            with job.critical(self._timeouts.settle):
+                while True:
+                    try:
+                        await self._write(slot, holder, value)
+                    except Exception:  # noqa: BLE001  # whatever a store raises, what was billed must not be billed again
+                        await anyio.sleep(0.1)
+                    else:
+                        return
+        except BaseException:
+            await self._last_try(job, slot, holder, value)
+            raise
         log.error("the claim of a call on its idempotency key could not be concluded; when its lease ends, the key can be used again")
+
+    async def _last_try(self, job: Job[Any], slot: Slot, holder: str, value: bytes | None) -> None:
+        """For a job that is cut off: by an error, or because its event loop is being closed."""
+        with job.critical(self._timeouts.storage), suppress(Exception):
+            await self._write(slot, holder, value)
 
     async def _write(self, slot: Slot, holder: str, value: bytes | None) -> None:
         if value is None:

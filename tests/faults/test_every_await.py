@@ -14,9 +14,11 @@ import pytest
 
 from starlette_aigateway import (
     AIGateway,
+    AIGatewayError,
     Chunk,
     Completion,
     CompletionRequest,
+    Conflict,
     Principal,
     ProviderError,
     RetryPolicy,
@@ -140,6 +142,23 @@ class Walk:
         assert 0 <= unmade <= len(released), f"{calls} calls and {[record.outcome for record in records]}, {where}"
         assert sum(record.cost for record in records) >= sum(provider.bill[self.text] for provider in self._providers), where
         assert await self.gateway.check_ledger() == [], where
+        if self._key:
+            await self._ask_again(where)
+
+    async def _ask_again(self, where: str) -> None:
+        """The idempotency key is not left behind by a call that is over, and what was billed under it is not billed again."""
+        vars(self.gateway._background).pop("start", None)
+        billed = [provider.bill[self.text] for provider in self._providers]
+        refused: Conflict | None = None
+        try:
+            await self.call()
+        except Conflict as error:
+            refused = error
+        except AIGatewayError:  # the failure that was kept
+            pass
+        assert refused is None or refused.code != "idempotency_in_progress", where
+        if any(billed):
+            assert billed == [provider.bill[self.text] for provider in self._providers], where
 
 
 async def quiet(gateway: AIGateway) -> None:
