@@ -34,7 +34,7 @@ class PriceTier:
     """The rates of calls with more than `above` input tokens, cached ones included: US dollars per million tokens, for the whole call.
 
     So long contexts are charged: once the input of a call passes 200,000 tokens, all of it and all of the answer are at the other rates
-    (Gemini: https://ai.google.dev/gemini-api/docs/pricing; Claude Sonnet 4 and 4.5 with a context of a million tokens:
+    (Gemini: https://ai.google.dev/gemini-api/docs/pricing; Claude Sonnet 4.5 with a context of a million tokens:
     https://platform.claude.com/docs/en/about-claude/pricing, "Long context pricing"). What is not given follows as in `Price`. Raises
     `InvalidArgument`.
     """
@@ -69,7 +69,8 @@ class Price:
     """US dollars per million tokens; `request` is US dollars per call.
 
     - `cache_read`, `cache_write`: input tokens that the provider read from, or wrote to, its own prompt cache; as `input` where not
-      given. `cache_write_1h`: those written for an hour instead of five minutes; as `cache_write` where not given.
+      given. `cache_write_1h`: those written for an hour instead of five minutes, where the provider tells them apart, as Anthropic's API
+      does; as `cache_write` where not given.
     - `reasoning`: output tokens that the model thinks with; as `output` where not given.
     - `tiers`: the rates of longer contexts, ascending. A call is at the rates of the last tier whose `above` its input tokens exceed.
 

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 EXTRA = "prices"
 REMEMBERED = 4096
+ANTHROPIC = "anthropic"
+"""Whose API tells for how long the cache was written; the Chat Completions API does not."""
+
 NANO = Decimal("1e-9")
 
 
@@ -71,7 +74,9 @@ class PublicPrices:
 
         vendor = find_provider_by_id(providers, provider)
         model = None if vendor is None else vendor.find_model(upstream, all_providers=providers)
-        return None if model is None else dearest(price_tables(model, datetime.fromtimestamp(self._clock(), UTC)))
+        if vendor is None or model is None:
+            return None
+        return dearest(price_tables(model, datetime.fromtimestamp(self._clock(), UTC)), tells_lifetimes=vendor.id == ANTHROPIC)
 
 
 def price_tables(model: ModelInfo, now: datetime) -> Iterator[ModelPrice]:
@@ -88,18 +93,18 @@ def price_tables(model: ModelInfo, now: datetime) -> Iterator[ModelPrice]:
             return
 
 
-def dearest(tables: Iterable[ModelPrice]) -> Price | None:
+def dearest(tables: Iterable[ModelPrice], *, tells_lifetimes: bool = True) -> Price | None:
     """One `Price` that is at least every one of `tables` and each of their modalities, tier by tier. None without an input or an output
-    price."""
+    price. Where a provider does not tell cache writes for an hour from shorter ones, all of them are at the dearer of the two rates."""
     known = list(tables)
     starts = sorted({start for table in known for start in _starts(table)})
-    base = _highest(known, 0)
+    base = _highest(known, 0, tells_lifetimes)
     if not {"input", "output"} <= base.keys():
         return None
     try:
         tiers: list[PriceTier] = []
         for start in starts:
-            rates = _highest(known, start)
+            rates = _highest(known, start, tells_lifetimes)
             rates.pop("request", None)
             tiers.append(PriceTier(start, **rates))
         return Price(**base, tiers=tiers)
@@ -113,7 +118,7 @@ def _starts(table: ModelPrice) -> Iterator[int]:
             yield from (tier.start for tier in value.tiers)
 
 
-def _highest(tables: Iterable[ModelPrice], start: int) -> dict[str, Any]:
+def _highest(tables: Iterable[ModelPrice], start: int, tells_lifetimes: bool) -> dict[str, Any]:
     """The highest rate of each field for calls with more than `start` input tokens. What a table leaves out follows there as in `Price`, so
     that what another says of it does not hide what this one charges."""
     highest: dict[str, Decimal] = {}
@@ -126,6 +131,8 @@ def _highest(tables: Iterable[ModelPrice], start: int) -> dict[str, Any]:
         for field, leader in FOLLOWS.items():
             if leader in own:
                 own.setdefault(field, own[leader])
+        if not tells_lifetimes and "cache_write" in own:
+            own["cache_write"] = max(own["cache_write"], own["cache_write_1h"])
         for field, amount in own.items():
             highest[field] = max(highest.get(field, amount), amount)
     return {field: amount.quantize(NANO, ROUND_CEILING) for field, amount in highest.items()}

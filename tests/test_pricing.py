@@ -261,6 +261,24 @@ def test_of_several_tables_the_dearest_holds_in_each_tier_and_what_one_leaves_ou
     assert dearest([day, night]) == Price(4, 15, cache_read=4, tiers=[PriceTier(1000, 6, 16, cache_read=4)])
 
 
+def test_where_nobody_tells_for_how_long_the_cache_was_written_the_dearer_rate_holds() -> None:
+    table = ModelPrice(input_mtok=Decimal(3), output_mtok=Decimal(15), cache_write_mtok=Decimal("3.75"), cache_write_1h_mtok=Decimal(6))
+    assert dearest([table], tells_lifetimes=False) == Price(3, 15, cache_write=6)
+    assert dearest([table]) == Price(3, 15, cache_write="3.75", cache_write_1h=6)
+
+
+def test_only_anthropic_tells_for_how_long_the_cache_was_written() -> None:
+    public = PublicPrices(clock=NOW.timestamp)
+    told = {"anthropic": 0, "openrouter": 0}
+    for provider in data.providers:
+        for info in provider.models if provider.id in told else ():
+            price = public(provider.id, info.id)
+            if price is not None and isinstance(info.prices, ModelPrice) and info.prices.cache_write_1h_mtok is not None:
+                assert (price.cache_write < price.cache_write_1h) == (provider.id == "anthropic"), info.id
+                told[provider.id] += 1
+    assert all(told.values())
+
+
 def plain_tables() -> Iterator[tuple[str, ModelPrice, TieredPrices]]:
     """Every published table with tiers and without modalities, of which `dearest` would take the dearest."""
     for provider in data.providers:

@@ -35,8 +35,8 @@ class AnthropicProvider(HTTPAdapter):
 
     What the Messages API cannot say (`n` above 1, a temperature above 1, `seed`, …) is refused by name before anything is sent, and the
     next provider is tried. `thinking`, `top_k` and `cache_control` go through as Anthropic documents them; with `cache_control`, give the
-    model's price a `cache_read` and a `cache_write`. Thinking comes back as `reasoning_content`, without its signature, so it is not
-    sent again in the next turn.
+    model's price a `cache_read`, a `cache_write` and a `cache_write_1h`. Thinking comes back as `reasoning_content`, without its
+    signature, so it is not sent again in the next turn.
 
     `base_url` may be `http` for a server of your own: key and prompts are then readable on the way. Neither `repr` nor an error shows
     the key, and the object cannot be pickled. Raises `InvalidArgument`.
