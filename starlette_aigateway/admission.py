@@ -164,9 +164,13 @@ class Admission:
             if owner.requests_per_minute is not None:
                 claims.append(WindowClaim(scope, "requests", owner.requests_per_minute))
             if owner.tokens_per_minute is not None and not free:
-                tokens = tokens or estimate.tokens_for_window(request, request.max_tokens)
+                tokens = tokens or self._window_tokens(request)
                 claims.append(WindowClaim(scope, "tokens", owner.tokens_per_minute, tokens))
         return tuple(claims)
+
+    def _window_tokens(self, request: CompletionRequest) -> int:
+        images = openai_chat.images(request, self._s.image_tokens)
+        return estimate.tokens_for_window(request, request.max_tokens, images=images.number, image_bytes=images.bytes)
 
     def _owners(self, principal: Principal, limits: Limits, tenant: Limits) -> Sequence[tuple[str, Limits]]:
         """Whose limits hold, in the fixed order in which all of them are taken."""

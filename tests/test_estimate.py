@@ -214,3 +214,4 @@ def test_a_token_window_is_charged_a_usual_text_and_the_callers_own_bound() -> N
     twice = request("x" * 4000, n=2)
     assert estimate.tokens_for_window(twice, 500) == estimate.tokens_for_window(asked, None) + 1000
     assert estimate.tokens_for_window(CompletionRequest(), None) >= 1
+    assert estimate.tokens_for_window(asked, None, images=2, image_bytes=4000) <= 2 * estimate.USUAL_IMAGE + 20

@@ -368,7 +368,7 @@ BOUNDS = ImageTokens(low=10, high=300, auto=2000)
 def test_an_image_costs_what_its_detail_can_cost_at_the_most(detail: Any, tokens: int) -> None:
     assert openai_chat.images(part(type="image_url", image_url={"url": PICTURE, "detail": detail}), BOUNDS).tokens == tokens
     assert openai_chat.images(part(type="input_image", detail=detail), BOUNDS).tokens == tokens
-    assert openai_chat.images(request(), BOUNDS) == (0, 0)
+    assert openai_chat.images(request(), BOUNDS) == (0, 0, 0)
 
 
 def test_an_image_without_a_detail_may_be_the_dearest() -> None:
@@ -382,7 +382,7 @@ def test_images_in_messages_of_tools_and_inside_of_other_parts_count() -> None:
     picture = {"type": "image_url", "image_url": {"url": PICTURE, "detail": "low"}}
     nested = {"type": "tool_result", "content": [picture, {"deeper": [picture]}]}
     sent = request({"role": "tool", "tool_call_id": "t", "content": [picture]}, {"role": "user", "content": [nested, picture]})
-    assert openai_chat.images(sent, BOUNDS).tokens == 40
+    assert openai_chat.images(sent, BOUNDS) == (4, 40, 4 * len(PICTURE))
 
 
 def test_the_bytes_of_an_inlined_image_are_its_own_and_those_of_an_address_are_text() -> None:

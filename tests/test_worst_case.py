@@ -19,6 +19,7 @@ from starlette_aigateway import (
     ConfigurationError,
     CostUnbounded,
     ImageTokens,
+    InvalidRequest,
     Price,
     PriceTier,
     Principal,
@@ -29,6 +30,7 @@ from starlette_aigateway import (
     UsageRecord,
 )
 from starlette_aigateway.errors import InvalidArgument
+from starlette_aigateway.http import shapes
 from starlette_aigateway.policy import estimate
 from starlette_aigateway.providers import AnthropicProvider, OpenAIProvider
 from starlette_aigateway.providers.simple import adapt
@@ -101,6 +103,14 @@ async def test_images_in_the_answers_of_tools_are_held_too() -> None:
         with pytest.raises(SpendCapExceeded):
             await gateway.complete(capped("0.002"), request)
         await gateway.complete(capped("0.003"), request)
+
+
+async def test_a_window_of_tokens_takes_a_picture_for_what_it_usually_is_and_not_for_its_bytes() -> None:
+    who = Principal("user", tokens_per_minute=10_000)
+    async with gateway_with(ScriptedProvider("a", "b")) as gateway:
+        await gateway.complete(who, ask(picture(), picture("low")))
+        with pytest.raises(InvalidRequest):
+            await gateway.complete(who, ask({"type": "text", "text": PICTURE}))
 
 
 @pytest.mark.parametrize(
@@ -278,3 +288,20 @@ def test_no_request_has_more_tokens_than_its_bytes_its_images_and_its_frames(sai
     seen = sum(bounds.at(part["image_url"].get("detail")) for part in parts if part["type"] == "image_url")
     frames = 4 * len(said) + 3 + (530 + 12 * len(tools) if tools else 0)
     assert estimate.input_bound(request, extra=images.tokens - images.bytes) >= text + seen + frames
+
+
+async def test_every_kind_of_token_is_billed_at_its_rate_kept_in_the_record_and_shown() -> None:
+    price = Price(3, 15, cache_read="0.3", cache_write="3.75", cache_write_1h=6, reasoning=20)
+    told = {"cache_read_input_tokens": 100, "cache_creation_input_tokens": 50, "cache_creation_1h_input_tokens": 20}
+    used = Usage(input_tokens=200, output_tokens=30, reasoning_output_tokens=10, **told)
+    async with gateway_with(ScriptedProvider(Say("a", used)), prices={"m": price}) as gateway:
+        answer = await gateway.complete(capped(), ask(max_tokens=30))
+        micros = 50 * 3 + 100 * Decimal("0.3") + 30 * Decimal("3.75") + 20 * 6 + 20 * 15 + 10 * 20
+        assert answer.cost_usd == micros / 10**6
+        (record,) = (await gateway.usage()).data
+        assert (record.usage, record.price, record.outcome) == (used, price, "completed")
+        shown = shapes.record(record)
+        assert list(shown) == list(shapes.RECORD_FIELDS)
+        assert {name: shown[name] for name in shapes.TOKEN_FIELDS} == {
+            "input_tokens": 200, "output_tokens": 30, "reasoning_output_tokens": 10, **told,
+        }  # fmt: skip

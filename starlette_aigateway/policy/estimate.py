@@ -38,6 +38,9 @@ TOKENS_PER_CHOICE = 32
 BYTES_PER_TOKEN = 4
 """A usual English text (https://help.openai.com, "What are tokens and how to count them")."""
 
+USUAL_IMAGE = 1500
+"""About a megapixel for Claude (https://platform.claude.com/docs/en/build-with-claude/vision)."""
+
 DEFAULT_MAX_TOKENS = 4096
 """The output bound of a call where neither the caller, the host nor the model gives one."""
 
@@ -168,12 +171,13 @@ def received(text_bytes: int, *, input_tokens: int, bound: int | None = None, n:
     return Usage(input_tokens=input_tokens, output_tokens=max(output, unseen * choices))
 
 
-def tokens_for_window(request: CompletionRequest, output_bound: int | None) -> int:
+def tokens_for_window(request: CompletionRequest, output_bound: int | None, *, images: int = 0, image_bytes: int = 0) -> int:
     """What a token window is charged when a call is let in, corrected when it is settled; at least 1.
 
-    A realistic figure: bytes / 4 for the input, and `output_bound` in each choice only where the caller gave one. The window paces
-    calls and costs nobody money; charging it with the worst case would turn away calls that fit several times over.
+    A realistic figure: bytes / 4 for the input, as much as is usual for each of the `images`, whose `image_bytes` are not text, and
+    `output_bound` in each choice only where the caller gave one. The window paces calls and costs nobody money; charging it with the worst
+    case would turn away calls that fit several times over.
     """
-    text = size(request)
+    text = size(request) - image_bytes
     output = (output_bound or 0) * (request.n or 1)
-    return max(1, -(-text // BYTES_PER_TOKEN) + output)
+    return max(1, -(-text // BYTES_PER_TOKEN) + images * USUAL_IMAGE + output)

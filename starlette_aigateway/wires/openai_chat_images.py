@@ -18,27 +18,29 @@ _IMAGE = re.compile(r"data:image/(png|jpe?g|webp|gif|heic|heif|bmp)(;[\w.+=-]+)*
 
 
 class Images(NamedTuple):
-    """What the images of a request can cost in `tokens` at the most, and how many of the request's `bytes` are only theirs."""
+    """How many images a request has, what they can cost in `tokens` at the most, and how many of the request's `bytes` are only theirs."""
 
+    number: int
     tokens: int
     bytes: int
 
 
-NO_IMAGES = Images(0, 0)
+NO_IMAGES = Images(0, 0, 0)
 
 
 def images(request: CompletionRequest, bounds: ImageTokens) -> Images:
     """All images of `request`, those in messages of tools and inside of other parts too."""
-    tokens = size = 0
+    number = tokens = size = 0
     for message in request.messages:
         content = message.get("content")
         if not isinstance(content, list | tuple):
             continue
         for part in _image_parts(content):
+            number += 1
             tokens += bounds.at(_detail(part))
             url = inlined(part)
             size += len(url) if url is not None and url.isascii() else 0
-    return Images(tokens, size) if tokens or size else NO_IMAGES
+    return Images(number, tokens, size) if number else NO_IMAGES
 
 
 def inlined(part: Mapping[str, Any]) -> str | None:
