@@ -62,6 +62,21 @@ def limits(request: HoldRequest, books: Books) -> list[tuple[Balance, int]]:
     ]
 
 
+@pytest.mark.parametrize("window", range(3))
+def test_a_cap_is_exact_to_the_last_nano_dollar(window: int) -> None:
+    limit = Caps(*[100 if number == window else None for number in range(3)])
+
+    def granted(amount: int) -> int:
+        books = Books()
+        books.balances = {("principal:alice", period): Balance(30, 20) for period in TODAY}
+        claims = [ScopeClaim("principal:alice", limit)]
+        return grant(hold_request("a", scopes=claims, minimum=amount, admission=amount, wanted=amount), books, TODAY, NOON)
+
+    assert granted(50) == 50
+    with pytest.raises(SpendCapHeld):
+        granted(51)
+
+
 def figures(books: Books) -> list[tuple[int, int, int]]:
     return [(balance.spent, balance.held, balance.open) for balance in books.balances.values()]
 

@@ -53,6 +53,11 @@ def test_the_cost_is_exact_and_rounded_up_once(price: Price, usage: Usage) -> No
     assert type(cost(usage, price)) is int
 
 
+def test_the_cost_of_very_much_is_exact_as_well() -> None:
+    """A float has no room for the last nano-dollar."""
+    assert cost(Usage(input_tokens=10**7 + 1, output_tokens=0), Price("1000.000000001", 0)) == 10**13 + 10**6 + 10 + 1
+
+
 def test_the_documented_example() -> None:
     assert cost(Usage(input_tokens=1_000_000, output_tokens=1_000_000), Price("0.15", "0.60")) == 750_000_000
     assert cost(Usage(input_tokens=1, output_tokens=0), Price("0.000000001", 0)) == 1

@@ -1,0 +1,72 @@
+"""What a hold was made with is what it ends with: its price, its periods, its durability."""
+
+from __future__ import annotations
+
+import sqlite3
+from pathlib import Path
+
+import anyio
+import pytest
+
+from starlette_aigateway import AIGateway, CacheControl, Price, StorageUnavailable
+from starlette_aigateway.accounts import UsageQuery
+from starlette_aigateway.stores.sqlite.ledger import SQLiteLedger
+from starlette_aigateway.testing.ledger_kit import NOON, completed, hold_request
+from starlette_aigateway.testing.providers import After, Say, ScriptedProvider
+from starlette_aigateway.types import Usage
+
+from .kit import read
+from .service import gateway_over
+
+pytestmark = pytest.mark.anyio
+
+USAGE = Usage(input_tokens=10, output_tokens=5)
+ALONE = CacheControl(read=False, store=False)
+OLD, NEW = Price("1000", "2000"), Price("7000", "9000")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_price_that_changes_while_a_call_runs_holds_for_later_calls_only(stream: bool) -> None:
+    arrived, go_on = anyio.Event(), anyio.Event()
+    provider = ScriptedProvider(After(go_on, Say("late", usage=USAGE), arrived), Say("soon", usage=USAGE))
+    async with AIGateway.in_memory(providers=[provider], prices={"m": OLD}) as gateway, anyio.create_task_group() as group:
+        ended = anyio.Event()
+
+        async def early() -> None:
+            await read(gateway, stream, cache=ALONE)
+            ended.set()
+
+        group.start_soon(early)
+        await arrived.wait()
+        await gateway.set_price("m", NEW)
+        await read(gateway, not stream, cache=ALONE)
+        go_on.set()
+        await ended.wait()
+        later, first = (await gateway.usage()).data
+        assert (first.price, first.cost) == (OLD, 20_000_000)
+        assert (later.price, later.cost) == (NEW, 115_000_000)
+        assert await gateway.check_ledger() == []
+
+
+async def test_a_settlement_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.db"
+    async with SQLiteLedger(path) as ledger:
+        await ledger.reserve(hold_request("a"), now=NOON)
+        other = sqlite3.connect(path, isolation_level=None)
+        other.execute("CREATE TRIGGER no BEFORE UPDATE ON balances BEGIN SELECT raise(ABORT, 'no'); END")
+        with pytest.raises(StorageUnavailable):
+            await ledger.settle("use_a", completed(60), now=NOON)
+        assert (await ledger.usage(UsageQuery())).data == []
+        assert await ledger.check() == []
+        other.execute("DROP TRIGGER no")
+        other.close()
+        await ledger.settle("use_a", completed(60), now=NOON)
+        assert (await ledger.usage(UsageQuery())).totals.cost == 60
+        assert await ledger.check() == []
+
+
+async def test_a_grant_is_on_the_disk_before_anybody_is_told(tmp_path: Path) -> None:
+    async with gateway_over(tmp_path) as gateway:
+        connection = gateway._ledger_store._commit._writer._connection  # type: ignore[attr-defined]  # the one that writes
+        assert connection.execute("PRAGMA synchronous").fetchone() == (2,)
+        assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
