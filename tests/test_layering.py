@@ -29,7 +29,7 @@ LAYERS: tuple[dict[str, set[str]], ...] = (
         }
     },
     {"http": {"http"}},
-    {"caller": {"caller"}},
+    {"caller": {"caller"}, "auth": {"auth"}},
     {"gateway": {"embedded", "gateway"}},
     {"middleware": {"middleware"}},
     {"front": {""}},
@@ -39,7 +39,7 @@ LAYERS: tuple[dict[str, set[str]], ...] = (
 LAYER_OF = {name: depth for depth, layer in enumerate(LAYERS) for rooms in layer.values() for name in rooms}
 ROOM_OF = {name: room for layer in LAYERS for room, names in layer.items() for name in names}
 
-KNOW_STARLETTE = {"http", "caller", "gateway", "middleware"}
+KNOW_STARLETTE = {"auth", "http", "caller", "gateway", "middleware"}
 PURE = {"policy", "wires"}
 CONCRETE = {"stores", "cache", "public_prices"}
 
