@@ -29,6 +29,7 @@ from .entropy import Pool
 from .errors import ConfigurationError, InvalidArgument
 from .http.app import HTTPApp
 from .http.door import AuthorizeAdmin, Door, ResolvePrincipal
+from .http.origins import Origins
 from .idempotency import Idempotency
 from .lifecycle import Lifecycle
 from .limiter import Limiter
@@ -72,10 +73,13 @@ class AIGateway(Administration):
     `limits` hold for the gateway as a whole, `default_limits` for principals and keys that bring none.
 
     `resolve_principal` turns a connection into a `Principal` by the host's own login; `authorize_admin` says who may use the admin
-    routes, which do not exist without it. `default_max_tokens` bounds the output of calls under a cap that give no bound; the budget may
-    lower it down to `min_output_tokens`. `allow_unbounded` names parameters whose cost has no bound and that principals under a cap may
-    use all the same: `web_search_options`, or `messages.content.image_url` for images by address. `image_tokens` bounds what an image
-    that is sent along can cost.
+    routes, which do not exist without it. Pages of `trusted_origins` may change and spend things by a login that browsers send of
+    themselves, such as a cookie, as the host's own pages may.
+
+    `default_max_tokens` bounds the output of calls under a cap that give no bound; the budget may lower it down to `min_output_tokens`.
+    `allow_unbounded` names parameters whose cost has no bound and that principals under a cap may use all the same:
+    `web_search_options`, or `messages.content.image_url` for images by address. `image_tokens` bounds what an image that is sent along
+    can cost.
 
     When a caller leaves before its answer is whole, `on_disconnect="drain"` reads the rest of it, so that the bill is exact: a stream for
     `Timeouts.drain` seconds and `max_drain_bytes` at the most, and at most `max_drains` answers at a time in this process; the newest gives
@@ -97,6 +101,7 @@ class AIGateway(Administration):
         prices: ConfiguredPrices | None = None,
         resolve_principal: ResolvePrincipal | None = None,
         authorize_admin: AuthorizeAdmin | None = None,
+        trusted_origins: Iterable[str] = (),
         limits: Limits | None = None,
         default_limits: Limits | None = None,
         cache: CachePolicy | None = None,
@@ -199,7 +204,11 @@ class AIGateway(Administration):
             )
         )
         self._door = Door(
-            authenticate=self.authenticate, resolve_principal=resolve_principal, authorize_admin=authorize_admin, limiter=limiter
+            authenticate=self.authenticate,
+            resolve_principal=resolve_principal,
+            authorize_admin=authorize_admin,
+            origins=Origins(trusted_origins),
+            limiter=limiter,
         )
         self._http = HTTPApp(
             pipeline=self._pipeline,

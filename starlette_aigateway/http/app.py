@@ -110,7 +110,7 @@ class HTTPApp:
         if route.guard == "admin":
             exchange.admin = await self._door.admin(exchange.connection)
         elif route.guard == "caller":
-            exchange.caller = await self._door.principal(exchange.connection)
+            exchange.caller = await self._door.caller(exchange.connection)
         else:
             await self._let_in_either(exchange)
 
@@ -118,7 +118,7 @@ class HTTPApp:
         """A caller sees its own, an administrator everything. An administrator is whoever the host says, and never a data key."""
         exchange.admin = await self._door.admin_if_any(exchange.connection)
         if exchange.admin is None:
-            exchange.caller = await self._door.principal(exchange.connection)
+            exchange.caller = await self._door.caller(exchange.connection)
 
 
 def route_path(scope: Scope) -> str:

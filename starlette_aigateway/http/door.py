@@ -5,53 +5,60 @@ from __future__ import annotations
 import logging
 from collections.abc import Awaitable, Callable
 from typing import TypeAlias
-from urllib.parse import urlsplit
 
 from msgspec import Struct
 from starlette.exceptions import HTTPException
 from starlette.requests import HTTPConnection
 
-from ..errors import AuthenticationError, NotFound, PermissionDenied, StorageUnavailable
+from ..errors import AuthenticationError, NotFound, PermissionDenied
 from ..limiter import Limiter
 from ..policy import keys
 from ..policy.windows import WindowClaim
-from ..types import Principal
+from ..types import Principal, check_id
+from .credentials import credential, misplaced_key
+from .origins import Origins
+from .questions import ask, check_function, login_unavailable
 
 FAILED_LOGINS_PER_MINUTE = 60
 log = logging.getLogger("starlette_aigateway")
 
 
 class Admin(Struct, frozen=True):
-    """Who administers. With a `tenant`, only what belongs to that tenant."""
+    """Who administers. With a `tenant`, only what belongs to that tenant. Raises `InvalidArgument`."""
 
     actor: str
     tenant: str | None = None
+
+    def __post_init__(self) -> None:
+        check_id(self.actor, "actor")
+        if self.tenant is not None:
+            check_id(self.tenant, "tenant")
 
 
 ResolvePrincipal: TypeAlias = Callable[[HTTPConnection], Awaitable[Principal | None]]
 AuthorizeAdmin: TypeAlias = Callable[[HTTPConnection], Awaitable[Admin | bool]]
 
 
-def credential(connection: HTTPConnection) -> str | None:
-    """What came as `Authorization: Bearer …` or as `x-api-key`."""
-    scheme, _, token = connection.headers.get("authorization", "").partition(" ")
-    if scheme.lower() == "bearer" and token.strip():
-        return token.strip()
-    return connection.headers.get("x-api-key") or None
-
-
 class Door:
+    """Raises `ConfigurationError` for functions of the host that cannot be asked."""
+
     def __init__(
         self,
         *,
         authenticate: Callable[[str], Awaitable[Principal]],
         resolve_principal: ResolvePrincipal | None,
         authorize_admin: AuthorizeAdmin | None,
+        origins: Origins,
         limiter: Limiter,
     ) -> None:
+        if resolve_principal is not None:
+            check_function(resolve_principal, "resolve_principal")
+        if authorize_admin is not None:
+            check_function(authorize_admin, "authorize_admin")
         self._authenticate = authenticate
         self._resolve_principal = resolve_principal
         self._authorize_admin = authorize_admin
+        self._origins = origins
         self._limiter = limiter
 
     async def principal(self, connection: HTTPConnection) -> Principal:
@@ -61,14 +68,21 @@ class Door:
         try:
             if given is not None and keys.looks_like_key(given):
                 return await self._authenticate(given)
+            _refuse_misplaced(connection)
             if self._resolve_principal is not None:
-                principal = await _ask(self._resolve_principal, connection, "resolve_principal")
+                principal = await ask(self._resolve_principal, connection, "resolve_principal")
                 if principal is not None:
                     return _expect(principal)
             raise _unknown(given)
         except AuthenticationError:
             await self._slow_down(connection)
             raise
+
+    async def caller(self, connection: HTTPConnection) -> Principal:
+        """`principal`, of a request to the gateway's own routes: a page of another site may not spend by its visitor's login. Raises
+        `PermissionDenied`."""
+        self._origins.check(connection)
+        return await self.principal(connection)
 
     async def _slow_down(self, connection: HTTPConnection) -> None:
         """Counts a failed login of this address. A valid credential never comes here, so none is ever refused for it."""
@@ -92,7 +106,7 @@ class Door:
         """As `_admin_of`, and an address that keeps failing is slowed."""
         try:
             return await self._admin_of(connection)
-        except PermissionDenied:
+        except (AuthenticationError, PermissionDenied):
             await self._slow_down(connection)
             raise
 
@@ -103,8 +117,9 @@ class Door:
         given = credential(connection)
         if given is not None and keys.looks_like_key(given):
             raise PermissionDenied("an API key for calls is not an admin credential")
-        check_origin(connection)
-        answer = await _ask(self._authorize_admin, connection, "authorize_admin")
+        _refuse_misplaced(connection)
+        self._origins.check(connection)
+        answer = await ask(self._authorize_admin, connection, "authorize_admin")
         if isinstance(answer, Admin):
             return answer
         if answer is True:
@@ -112,31 +127,21 @@ class Door:
         if answer is False or answer is None:
             raise PermissionDenied("this is for administrators")
         log.error("authorize_admin returned %s; it must return an Admin or a bool", type(answer).__name__)
-        raise _login_unavailable()
+        raise login_unavailable()
 
 
-async def _ask(question: Callable[[HTTPConnection], Awaitable[object]], connection: HTTPConnection, name: str) -> object:
-    try:
-        return await question(connection)
-    except HTTPException as refusal:
-        if refusal.status_code < 500:
-            raise
-        raise _login_unavailable() from refusal
-    except AuthenticationError:
-        raise
-    except Exception as error:
-        log.exception("%s failed", name)
-        raise _login_unavailable() from error
-
-
-def _login_unavailable() -> StorageUnavailable:
-    return StorageUnavailable("the login of this service is unavailable", code="login_unavailable")
+def _refuse_misplaced(connection: HTTPConnection) -> None:
+    where = misplaced_key(connection)
+    if where is not None:
+        raise AuthenticationError(
+            f"an API key of this gateway came in {where}: send it as 'Authorization: Bearer <key>' or 'x-api-key: <key>'"
+        )
 
 
 def _expect(principal: object) -> Principal:
     if not isinstance(principal, Principal):
         log.error("resolve_principal returned %s; it must return a Principal or None", type(principal).__name__)
-        raise _login_unavailable()
+        raise login_unavailable()
     return principal
 
 
@@ -144,12 +149,3 @@ def _unknown(given: str | None) -> AuthenticationError:
     if given is None:
         return AuthenticationError("no API key: send 'Authorization: Bearer <key>' or 'x-api-key: <key>'")
     return AuthenticationError(f"this credential is not known; API keys start with {keys.PREFIX!r}")
-
-
-def check_origin(connection: HTTPConnection) -> None:
-    """A browser that is logged in by a cookie may only change things from the host's own pages (CSRF). Raises `PermissionDenied`."""
-    origin = connection.headers.get("origin")
-    if origin is None or connection.scope.get("method") in ("GET", "HEAD") or "cookie" not in connection.headers:
-        return
-    if urlsplit(origin).netloc != connection.headers.get("host"):
-        raise PermissionDenied("this request comes from another origin", code="foreign_origin")

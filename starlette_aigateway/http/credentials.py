@@ -1,0 +1,52 @@
+"""What a request brings to be let in by. A stored key opens by itself, and the host's own login never gets to see one."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import re
+from collections.abc import Iterator
+from urllib.parse import unquote_to_bytes
+
+from starlette.requests import HTTPConnection
+
+from ..policy import keys
+
+CARRIERS = frozenset({b"authorization", b"proxy-authorization", b"x-api-key", b"api-key", b"x-goog-api-key"})
+"""Headers that are there to carry credentials: what starts like a key in one of them is meant as one, mistyped or not."""
+
+_START = rb"(?<![0-9A-Za-z_.-])" + keys.PREFIX.encode()
+LIKE_A_KEY = re.compile(_START)
+SURELY_A_KEY = re.compile(_START + rb"[0-9A-Za-z]{20}")
+
+
+def credential(connection: HTTPConnection) -> str | None:
+    """What came as `Authorization: Bearer …` or as `x-api-key`; of the two, a stored key goes first."""
+    scheme, _, token = connection.headers.get("authorization", "").partition(" ")
+    bearer = token.strip() if scheme.lower() == "bearer" else ""
+    if bearer and keys.looks_like_key(bearer):
+        return bearer
+    other = connection.headers.get("x-api-key", "").strip()
+    return other if other and (not bearer or keys.looks_like_key(other)) else bearer or None
+
+
+def misplaced_key(connection: HTTPConnection) -> str | None:
+    """Where a stored key lies from where none is taken: another scheme (`Basic`), another header, a cookie, the query. None: nowhere."""
+    for name, value in connection.headers.raw:
+        name = name.lower()
+        pattern = LIKE_A_KEY if name in CARRIERS else SURELY_A_KEY
+        if any(pattern.search(text) for text in _readings(name, value)):
+            return f"the header {name.decode('latin-1')}"
+    query: bytes = connection.scope.get("query_string", b"")
+    return "the query string" if SURELY_A_KEY.search(unquote_to_bytes(query)) else None
+
+
+def _readings(name: bytes, value: bytes) -> Iterator[bytes]:
+    """The value as it came, and the user and password of `Basic` (RFC 7617)."""
+    yield value
+    scheme, _, rest = value.partition(b" ")
+    if name in CARRIERS and scheme.lower() == b"basic":
+        try:
+            yield base64.b64decode(rest.strip() + b"==")
+        except binascii.Error:
+            return
