@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 PRICES = {"m": Price("1000", "2000")}
 WHO = Principal("user", hard_cap_usd="100")
-QUICK = Timeouts(drain=0.05, settle=0.3, storage=0.05)
+QUICK = Timeouts(drain=0.05, settle=0.3, storage=2.0)
 
 
 def ask(text: str = "hello", **fields: Any) -> CompletionRequest:

@@ -213,7 +213,7 @@ async def test_where_too_much_waits_no_new_hold_is_granted_until_the_ledger_took
 @pytest.mark.anyio
 async def test_many_that_wait_are_told_at_one_go(ledger: FaultyLedger) -> None:
     provider = ScriptedProvider("hi", repeat=True)
-    async with gateway_over(ledger, provider) as gateway:
+    async with gateway_over(ledger, provider, timeouts=Timeouts(settle=0.02)) as gateway:
         ledger.failing = {"settle": 100_000}
         async with anyio.create_task_group() as group:
             for number in range(200):
