@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any, TypeAlias, Unpack
 
 from .accounts import StoredPrompt, tenant_scope
-from .bookkeeping import Bookkeeping, existing, page_size
+from .bookkeeping import Bookkeeping, Stores, existing, page_size
 from .errors import AuthenticationError, InvalidArgument
 from .policy import keys as key_policy
 from .policy import prompts as prompt_policy
-from .protocols import Clock, KeyStore, Ledger, PriceStore, PromptStore, TenantStore
-from .types import KEY_ID_PREFIX, Key, LimitFields, Limits, Message, Price, Principal, Tenant, check_id, utc
+from .types import KEY_ID_PREFIX, Key, LimitFields, Message, Price, Principal, Tenant, check_id, utc
 
 MAX_REMEMBERED = 8192
 MAX_GRACE = 90 * 86_400
@@ -22,22 +21,11 @@ Grace: TypeAlias = "timedelta | float"
 class Administration(Bookkeeping):
     """Keys, tenants, prices, prompts. Raises `NotFound` for what does not exist and `InvalidArgument` for what cannot be."""
 
-    def __init__(
-        self,
-        *,
-        keys: KeyStore,
-        tenants: TenantStore,
-        stored_prices: PriceStore,
-        prompts: PromptStore,
-        ledger: Ledger,
-        default_limits: Limits | None,
-        clock: Clock,
-        random: Callable[[int], bytes],
-    ) -> None:
-        super().__init__(keys=keys, ledger=ledger, default_limits=default_limits, clock=clock, random=random)
-        self._tenants = tenants
-        self._stored_prices = stored_prices
-        self._prompts = prompts
+    def __init__(self, stores: Stores) -> None:
+        super().__init__(stores)
+        self._tenants = stores.tenants
+        self._stored_prices = stores.prices
+        self._prompts = stores.prompts
         self._renderer = prompt_policy.Renderer()
         self._well_formed: set[bytes] = set()
 

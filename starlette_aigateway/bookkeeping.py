@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, TypeVar
 
@@ -21,7 +22,7 @@ from .errors import InvalidArgument, NotFound
 from .money import Money
 from .policy import keys as key_policy
 from .policy.defaults import with_defaults
-from .protocols import Clock, KeyStore, Ledger
+from .protocols import Clock, KeyStore, Ledger, PriceStore, PromptStore, TenantStore
 from .types import KEY_ID_PREFIX, Caps, Key, Limits, Principal, Tenant, check_id
 
 T = TypeVar("T")
@@ -29,17 +30,29 @@ MAX_PAGE = 1000
 MAX_NOTE = 1000
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stores:
+    """Where a gateway keeps what its host administers, and how time and randomness come in."""
+
+    keys: KeyStore
+    tenants: TenantStore
+    prices: PriceStore
+    prompts: PromptStore
+    ledger: Ledger
+    default_limits: Limits | None
+    clock: Clock
+    random: Callable[[int], bytes]
+
+
 class Bookkeeping:
     """Usage, budgets, credits. Raises `NotFound` for what does not exist and `InvalidArgument` for what cannot be."""
 
-    def __init__(
-        self, *, keys: KeyStore, ledger: Ledger, default_limits: Limits | None, clock: Clock, random: Callable[[int], bytes]
-    ) -> None:
-        self._keys = keys
-        self._ledger = ledger
-        self._default_limits = default_limits
-        self._clock = clock
-        self._random = random
+    def __init__(self, stores: Stores) -> None:
+        self._keys = stores.keys
+        self._ledger = stores.ledger
+        self._default_limits = stores.default_limits
+        self._clock = stores.clock
+        self._random = stores.random
 
     async def ready(self) -> None:
         """Starts what has to be started before a store is used."""

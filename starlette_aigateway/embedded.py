@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
+import weakref
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -77,3 +80,18 @@ def directory_of(data_dir: str | os.PathLike[str] | None) -> Path:
     if not isinstance(data_dir, str | os.PathLike) or not os.fspath(data_dir):
         raise ConfigurationError(f"data_dir must be a path, not {type(data_dir).__name__}", param="data_dir")
     return Path(data_dir)
+
+
+def temporary_path() -> Path:
+    """A directory of this process that is not there yet."""
+    return Path(tempfile.gettempdir()) / f"aigateway-{os.getpid()}-{os.urandom(8).hex()}"
+
+
+def remove_with(owner: object, path: Path) -> None:
+    """Removes `path` when `owner` is gone; in the process that made it, not in those that were forked from it."""
+    weakref.finalize(owner, _remove, path, os.getpid())
+
+
+def _remove(path: Path, pid: int) -> None:
+    if os.getpid() == pid:
+        shutil.rmtree(path, ignore_errors=True)

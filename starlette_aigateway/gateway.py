@@ -2,65 +2,31 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
-import time
-import weakref
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
-from pathlib import Path
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, Unpack
 
 import anyio
 import anyio.to_thread
-from limits.aio.storage import Storage
 from starlette.requests import HTTPConnection
 from starlette.types import Receive, Scope, Send
 
-from .accounts import GATEWAY_SCOPE
 from .administration import Administration
-from .background import Background
 from .caller import Caller
-from .drains import MAX_DRAIN_BYTES, MAX_DRAINS, Drains, OnDisconnect
-from .embedded import Embedded, directory_of
-from .entropy import Pool
+from .composition import Composition
+from .embedded import remove_with, temporary_path
 from .errors import ConfigurationError, InvalidArgument
-from .http.app import HTTPApp
-from .http.door import AuthorizeAdmin, Door, ResolvePrincipal
-from .http.origins import Origins
-from .idempotency import Idempotency
-from .lifecycle import Lifecycle
-from .limiter import Limiter
-from .observing import Observers
-from .outbox import Outbox
-from .pipeline import Pipeline
-from .policy import keys as key_policy
-from .policy.budgets import THRESHOLDS, check_thresholds
-from .policy.caching import CachePolicy
-from .policy.estimate import MIN_OUTPUT_TOKENS
-from .policy.idempotency import IdempotencyPolicy
-from .policy.pricing import ConfiguredPrices, PriceBook
-from .policy.routing import RetryPolicy
-from .protocols import Clock, IdempotencyStore, KeyStore, Ledger, Observer, PriceStore, PromptStore, ResponseCache, TenantStore
-from .providers.simple import RegisteredProvider, adapt
-from .public_prices import PublicPrices
 from .quotes import Quote
-from .services import Services
+from .settings import SettingFields, check_names
 from .streams import AnswerStream
 from .types import (
     Answer,
     CacheControl,
     CallOptions,
     CompletionRequest,
-    ImageTokens,
-    Limits,
     Principal,
-    Timeouts,
 )
-
-MAX_BODY_BYTES = 10 * 2**20
 
 
 class AIGateway(Administration):
@@ -93,183 +59,52 @@ class AIGateway(Administration):
     Constructing opens nothing and creates nothing. Raises `ConfigurationError` and `InvalidArgument`, naming the argument.
     """
 
-    def __init__(
-        self,
-        *,
-        providers: Iterable[object] = (),
-        data_dir: str | os.PathLike[str] | None = None,
-        prices: ConfiguredPrices | None = None,
-        resolve_principal: ResolvePrincipal | None = None,
-        authorize_admin: AuthorizeAdmin | None = None,
-        trusted_origins: Iterable[str] = (),
-        limits: Limits | None = None,
-        default_limits: Limits | None = None,
-        cache: CachePolicy | None = None,
-        timeouts: Timeouts | None = None,
-        observers: Sequence[Observer] = (),
-        keys: KeyStore | None = None,
-        tenants: TenantStore | None = None,
-        price_store: PriceStore | None = None,
-        prompts: PromptStore | None = None,
-        ledger: Ledger | None = None,
-        responses: ResponseCache | None = None,
-        windows: Storage | None = None,
-        idempotency: IdempotencyStore | None = None,
-        idempotency_policy: IdempotencyPolicy | None = None,
-        retries: RetryPolicy | None = None,
-        public_prices: bool = False,
-        default_max_tokens: int | None = None,
-        min_output_tokens: int = MIN_OUTPUT_TOKENS,
-        allow_unbounded: Iterable[str] = (),
-        image_tokens: ImageTokens | None = None,
-        limiter_fail_open: bool = False,
-        enforce: bool = True,
-        budget_thresholds: Sequence[int] = THRESHOLDS,
-        max_body_bytes: int = MAX_BODY_BYTES,
-        on_disconnect: OnDisconnect = "drain",
-        max_drain_bytes: int = MAX_DRAIN_BYTES,
-        max_drains: int = MAX_DRAINS,
-        name: str = "default",
-        clock: Clock = time.time,
-        random: Callable[[int], bytes] = os.urandom,
-    ) -> None:
-        timeouts = timeouts or Timeouts()
-        embedded = Embedded(directory_of(data_dir), timeouts, clock, cache or CachePolicy())
-        stores = [keys, tenants, price_store, prompts, ledger, responses, windows, idempotency]
-        if data_dir is None and any(store is None for store in stores):
-            raise ConfigurationError(
-                "data_dir is required: a directory of this host for keys, ledger and cache; or use AIGateway.in_memory(...) in tests",
-                param="data_dir",
-            )
-        self.name = name
-        self._ledger_store: Ledger = ledger or embedded.ledger(check_thresholds(budget_thresholds))
-        super().__init__(
-            keys=keys or embedded.keys(),
-            tenants=tenants or embedded.tenants(),
-            stored_prices=price_store or embedded.prices(),
-            prompts=prompts or embedded.prompts(),
-            ledger=self._ledger_store,
-            default_limits=_limits(default_limits, "default_limits"),
-            clock=clock,
-            random=random,
-        )
-        self._limits = _limits(limits, "limits") or Limits()
-        self._embedded = embedded if data_dir is not None else None
-        self._providers: dict[str, RegisteredProvider] = {}
-        self._observers = Observers(observers)
-        self._ledger_store.listen(self._observers.emit)
-        self._ids = Pool(random)
-        self._public_prices = PublicPrices(clock=clock) if public_prices else None
-        self._background = Background(
-            Drains(timeouts.drain, on_disconnect=_on_disconnect(on_disconnect), at_most=_positive(max_drains, "max_drains") or MAX_DRAINS)
-        )
-        self._outbox = Outbox(self._ledger_store, clock, self._observers.emit, patience=2 * timeouts.storage)
+    def __init__(self, **settings: Unpack[SettingFields]) -> None:
+        check_names(settings)
+        self._settings = settings
         self._entered: dict[int, list[AbstractAsyncContextManager[None]]] = {}
-        self._lifecycle = Lifecycle(self._start, self._background, self._outbox, self._observers, settle=timeouts.settle)
-        self._responses: ResponseCache = responses or embedded.responses()
-        self._storage: Storage = windows or embedded.windows()
-        self._idempotency: IdempotencyStore = idempotency or embedded.idempotency()
-        limiter = Limiter(self._storage, clock=clock, fail_open=limiter_fail_open)
-        for provider in providers:
-            self.register_provider(provider)
-        self._pipeline = Pipeline(
-            Services(
-                providers=self._providers,
-                ledger=self._ledger_store,
-                limiter=limiter,
-                responses=self._responses,
-                prompts=self._prompts,
-                tenants=self._tenants,
-                stored_prices=self._stored_prices,
-                prices=PriceBook(prices, self._public_prices),
-                background=self._background,
-                outbox=self._outbox,
-                max_drain_bytes=_positive(max_drain_bytes, "max_drain_bytes") or MAX_DRAIN_BYTES,
-                clock=clock,
-                random=self._ids,
-                emit=self._observers.emit,
-                limits=self._limits,
-                default_limits=default_limits,
-                cache=cache or CachePolicy(),
-                timeouts=timeouts,
-                retries=retries or RetryPolicy(),
-                default_max_tokens=_positive(default_max_tokens, "default_max_tokens"),
-                min_output_tokens=_positive(min_output_tokens, "min_output_tokens") or MIN_OUTPUT_TOKENS,
-                allow_unbounded=frozenset(allow_unbounded),
-                image_tokens=_image_tokens(image_tokens),
-                enforce=enforce,
-                idempotency=Idempotency(
-                    self._idempotency, idempotency_policy or IdempotencyPolicy(), clock=clock, random=random, timeouts=timeouts
-                ),
-            )
-        )
-        self._door = Door(
-            authenticate=self.authenticate,
-            resolve_principal=resolve_principal,
-            authorize_admin=authorize_admin,
-            origins=Origins(trusted_origins),
-            limiter=limiter,
-        )
-        self._http = HTTPApp(
-            pipeline=self._pipeline,
-            administration=self,
-            door=self._door,
-            observers=self._observers,
-            check=self.check_ready,
-            mint_request_id=self.mint_request_id,
-            max_body_bytes=max_body_bytes,
-        )
+        self._adopt(Composition(**settings))
+
+    def _adopt(self, composition: Composition) -> None:
+        """Works through `composition` from now on."""
+        super().__init__(composition.stores)
+        self._composition = composition
 
     @classmethod
-    def in_memory(cls, **settings: Any) -> AIGateway:
+    def in_memory(cls, **settings: Unpack[SettingFields]) -> AIGateway:
         """A gateway for tests: real stores in a temporary directory, which is gone when the gateway is."""
-        path = Path(tempfile.gettempdir()) / f"aigateway-{os.getpid()}-{os.urandom(8).hex()}"
-        gateway = cls(data_dir=path, **settings)
-        weakref.finalize(gateway, _remove, path, os.getpid())
+        if "data_dir" in settings:
+            raise ConfigurationError("in_memory(...) has a directory of its own; data_dir belongs to AIGateway(...)", param="data_dir")
+        settings["data_dir"] = path = temporary_path()
+        gateway = cls(**settings)
+        remove_with(gateway, path)
         return gateway
 
     def __repr__(self) -> str:
-        return f"AIGateway(name={self.name!r}, providers={list(self._providers)})"
+        return f"AIGateway(name={self.name!r}, providers={list(self._composition.providers)})"
 
     # -- composition -------------------------------------------------------------------------------------------------
+
+    @property
+    def name(self) -> str:
+        return self._composition.name
 
     def register_provider(self, provider: object) -> None:
         """Adds a provider after those that are there. Only before the start. Raises `ConfigurationError` for one that is malformed
         and for a name that is taken."""
-        registered = adapt(provider)
-        if registered.name in self._providers:
-            raise ConfigurationError(f"two providers are named {registered.name!r}; give one of them another name=", param="providers")
-        if self._lifecycle.started:
-            raise ConfigurationError("providers are registered before the gateway starts", param="providers")
-        self._providers[registered.name] = registered
-
-    async def _start(self, opened: AsyncExitStack) -> None:
-        if self._embedded is not None:
-            await self._embedded.open(opened)
-        stores = (
-            self._keys, self._tenants, self._stored_prices, self._prompts, self._ledger_store, self._responses, self._storage,
-            self._idempotency,
-            *(registered.provider for registered in self._providers.values()),
-        )  # fmt: skip
-        for store in {id(store): store for store in stores}.values():
-            if isinstance(store, AbstractAsyncContextManager):
-                await opened.enter_async_context(store)
-        if self._public_prices is not None:
-            await anyio.to_thread.run_sync(self._public_prices.load)
-        await self._ledger_store.set_caps(GATEWAY_SCOPE, self._limits.caps)
+        self._composition.register_provider(provider)
 
     async def ready(self) -> None:
         """Starts the gateway in this process, if nothing has started it yet."""
-        await self._lifecycle.ensure()
+        await self._composition.ready()
 
     async def check_ready(self) -> None:
         """Raises `StorageUnavailable` if a call could not be metered now."""
-        await self.ready()
-        await self._ledger_store.ping()
+        await self._composition.check_ready()
 
     def lifespan(self, app: object = None) -> AbstractAsyncContextManager[None]:
         """For the host's lifespan. Stores are open, and work that outlives a request has an owner, while it lasts."""
-        return self._lifecycle.lifespan()
+        return self._composition.lifecycle.lifespan()
 
     async def __aenter__(self) -> Self:
         entered = self.lifespan()
@@ -303,7 +138,7 @@ class AIGateway(Administration):
         options = _options(idempotency_key, timeout, tags, cache)
         principal = await self._principal(who)
         try:
-            served = await self._pipeline.complete(principal, request, options, self.mint_request_id())
+            served = await self._composition.pipeline.complete(principal, request, options, self.mint_request_id())
         finally:
             await self._tell()
         return served.answer
@@ -323,7 +158,7 @@ class AIGateway(Administration):
         options = _options(idempotency_key, timeout, tags, cache)
         principal = await self._principal(who)
         try:
-            async with self._pipeline.stream(principal, request, options, self.mint_request_id()) as stream:
+            async with self._composition.pipeline.stream(principal, request, options, self.mint_request_id()) as stream:
                 yield stream
         finally:
             await self._tell()
@@ -345,7 +180,7 @@ class AIGateway(Administration):
         allowed, a store that cannot be reached."""
         options = _options(idempotency_key, timeout, tags, cache)
         principal = await self._principal(who)
-        return await self._pipeline.quotes.quote(principal, request, options, stream=stream)
+        return await self._composition.pipeline.quotes.quote(principal, request, options, stream=stream)
 
     async def _principal(self, who: Principal | str) -> Principal:
         if isinstance(who, Principal):
@@ -354,12 +189,12 @@ class AIGateway(Administration):
         return await self.authenticate(who)
 
     async def _tell(self) -> None:
-        if not self._observers.worked:
-            await self._observers.flush()
+        if not self._composition.observers.worked:
+            await self._composition.observers.flush()
 
     def mint_request_id(self) -> str:
         """A new `req_…`, in the order of time."""
-        return key_policy.mint_id("req_", self._clock(), self._ids)
+        return self._composition.mint_request_id()
 
     def acting_as(self, principal: Principal) -> Caller:
         """The gateway as `principal` sees it, for jobs and for whoever knows already who acts."""
@@ -369,16 +204,16 @@ class AIGateway(Administration):
         async def known() -> Principal:
             return principal
 
-        return Caller(self._pipeline, self, known, self.mint_request_id)
+        return Caller(self._composition.pipeline, self, known, self.mint_request_id)
 
     def lazy_caller(self, connection: HTTPConnection) -> Caller:
         """The gateway as whoever sent this request sees it; who that is, is found out at its first use."""
 
         async def resolved() -> Principal:
             await self.ready()
-            return await self._door.principal(connection)
+            return await self._composition.door.principal(connection)
 
-        return Caller(self._pipeline, self, resolved, self.mint_request_id)
+        return Caller(self._composition.pipeline, self, resolved, self.mint_request_id)
 
     async def caller(self, scope: Mapping[str, Any] | HTTPConnection) -> Caller:
         """The gateway as whoever sent this request sees it. Raises `AuthenticationError`."""
@@ -392,42 +227,13 @@ class AIGateway(Administration):
         if scope["type"] == "lifespan":
             await _serve_lifespan(self.lifespan, receive, send)
         else:
-            await self._http(scope, receive, send)
-
-
-def _limits(limits: Limits | None, name: str) -> Limits | None:
-    if limits is not None and not isinstance(limits, Limits):
-        raise ConfigurationError(f"{name} must be Limits(...), not {type(limits).__name__}", param=name)
-    return limits
-
-
-def _positive(value: int | None, name: str) -> int | None:
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-        raise ConfigurationError(f"{name} must be a positive integer", param=name)
-    return value
-
-
-def _on_disconnect(value: OnDisconnect) -> OnDisconnect:
-    if value not in ("drain", "cancel"):
-        raise ConfigurationError('on_disconnect must be "drain" or "cancel"', param="on_disconnect")
-    return value
-
-
-def _image_tokens(bounds: ImageTokens | None) -> ImageTokens:
-    if bounds is not None and not isinstance(bounds, ImageTokens):
-        raise ConfigurationError("image_tokens must be an ImageTokens", param="image_tokens")
-    return bounds or ImageTokens()
+            await self._composition.http(scope, receive, send)
 
 
 def _options(idempotency_key: str | None, timeout: float | None, tags: Mapping[str, str] | None, cache: CacheControl | None) -> CallOptions:
     return CallOptions(
         idempotency_key=idempotency_key, timeout=timeout, tags=tags if tags is not None else {}, cache=cache or CacheControl()
     )
-
-
-def _remove(path: Path, pid: int) -> None:
-    if os.getpid() == pid:
-        shutil.rmtree(path, ignore_errors=True)
 
 
 async def _serve_lifespan(lifespan: Callable[[], AbstractAsyncContextManager[None]], receive: Receive, send: Send) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
 import anyio
 
@@ -16,16 +17,22 @@ QUEUE = 1024
 OBSERVER_SECONDS = 5.0
 log = logging.getLogger("starlette_aigateway")
 
+Tap: TypeAlias = Callable[[Event], None]
+"""Told of an event in the very moment that it happens; it must neither wait nor raise."""
+
 
 class Observers:
-    def __init__(self, observers: Sequence[Observer]) -> None:
+    def __init__(self, observers: Sequence[Observer], tap: Tap | None = None) -> None:
         self._observers = tuple(observers)
+        self._tap = tap
         self._queue: deque[Event] = deque(maxlen=QUEUE)
         self._wake: anyio.Event | None = None
         self._lost = False
 
     def emit(self, event: Event) -> None:
         """Never waits. A full queue drops its oldest event, and says so once in the log."""
+        if self._tap is not None:
+            self._tap(event)
         if not self._observers:
             return
         if len(self._queue) == QUEUE and not self._lost:

@@ -1,4 +1,4 @@
-"""Everything that the pipeline works with, composed in `gateway.py`."""
+"""Everything that the pipeline works with, composed in `composition.py`."""
 
 from __future__ import annotations
 

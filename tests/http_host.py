@@ -45,13 +45,13 @@ class Ear:
         self._news = Condition()
 
     def listen_to(self, gateway: AIGateway) -> None:
-        emit = gateway._observers.emit
+        emit = gateway._composition.observers.emit
 
         def counted(event: Event) -> None:
             self.emitted += isinstance(event, AdminActed)
             emit(event)
 
-        gateway._observers.emit = counted  # type: ignore[method-assign]  # counts what is on its way
+        gateway._composition.observers.emit = counted  # type: ignore[method-assign]  # counts what is on its way
 
     async def __call__(self, event: Event) -> None:
         if isinstance(event, AdminActed):

@@ -466,7 +466,7 @@ def test_readiness_asks_the_stores_and_liveness_does_not(host: Service, monkeypa
         raise StorageUnavailable("the ledger cannot be written", retry_after=1.0)
 
     assert host.call("GET", "/readyz", {}).json() == {"status": "ready"}
-    monkeypatch.setattr(host.gateway._ledger_store, "ping", down)
+    monkeypatch.setattr(host.gateway._ledger, "ping", down)
     refused = host.call("GET", "/readyz", {})
     assert told(refused)[:2] == (503, "storage_unavailable")
     assert refused.headers["retry-after"] == "1"

@@ -287,7 +287,7 @@ def test_with_the_stores_down_every_admin_route_is_503_and_says_when_to_come_bac
 
     furnish(host)
     gateway = host.gateway
-    for store in (gateway._keys, gateway._tenants, gateway._prompts, gateway._stored_prices, gateway._ledger_store):
+    for store in (gateway._keys, gateway._tenants, gateway._prompts, gateway._stored_prices, gateway._ledger):
         for verb in STORE_VERBS & set(dir(store)):
             monkeypatch.setattr(store, verb, down)
     before = len(host.acted)

@@ -30,7 +30,7 @@ LAYERS: tuple[dict[str, set[str]], ...] = (
     },
     {"http": {"http"}},
     {"caller": {"caller"}, "auth": {"auth"}},
-    {"gateway": {"embedded", "gateway"}},
+    {"gateway": {"composition", "embedded", "gateway", "settings"}},
     {"middleware": {"middleware"}},
     {"front": {""}},
     {"testing": {"testing"}, "command": {"cli", "commands", "__main__"}},

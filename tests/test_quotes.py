@@ -97,9 +97,9 @@ async def test_a_quote_leaves_no_trace(tmp_path: Path) -> None:
         await gateway.complete(USER, ask("a call on the books"), idempotency_key="first")
         caller = gateway.acting_as(USER)
         await caller.quote(model="m", messages=HELLO)  # opens a reader
-        windows = await gateway._pipeline.admission.windows(USER)
+        windows = await gateway._composition.pipeline.admission.windows(USER)
         budgets = await gateway.budgets(USER, gateway=True)
-        await gateway._observers.flush()
+        await gateway._composition.observers.flush()
         seen = list(events)
         names = [f"{name}{suffix}" for name in ("ledger.db", "answers.db") for suffix in ("", "-wal")]
         files = {name: (tmp_path / name).read_bytes() for name in names}
@@ -110,9 +110,9 @@ async def test_a_quote_leaves_no_trace(tmp_path: Path) -> None:
             refused = await gateway.quote(Principal("poor", hard_cap_usd="0.01"), ask())
             assert refused.would_refuse is not None
         assert {name: (tmp_path / name).read_bytes() for name in names} == files
-        assert await gateway._pipeline.admission.windows(USER) == windows
+        assert await gateway._composition.pipeline.admission.windows(USER) == windows
         assert await gateway.budgets(USER, gateway=True) == budgets
-        await gateway._observers.flush()
+        await gateway._composition.observers.flush()
         assert events == seen
         assert len(provider.calls) == 1
         assert len((await gateway.usage()).data) == 1
@@ -373,7 +373,7 @@ async def test_a_quote_of_a_prompt_counts_what_the_prompt_would_send() -> None:
 
 async def test_a_ledger_that_cannot_be_read_gives_no_quote(tmp_path: Path) -> None:
     async with gateway_with(ScriptedProvider(), data_dir=tmp_path) as gateway:
-        ledger = gateway._ledger_store
+        ledger = gateway._ledger
 
         async def away(*args: Any, **more: Any) -> Any:
             raise StorageUnavailable("away")

@@ -86,7 +86,7 @@ async def test_a_window_is_only_reported_and_its_tokens_stay_right(heard: Heard,
         for number in range(3):
             await complete_or_stream(gateway, who, stream, ask(str(number)))
         assert await marks(gateway) == [None, "rate_limit_exceeded", "rate_limit_exceeded"]
-        states = {state.claim.kind: state.remaining for state in await gateway._pipeline.admission.windows(who)}
+        states = {state.claim.kind: state.remaining for state in await gateway._composition.pipeline.admission.windows(who)}
         assert states == {"requests": 0, "tokens": 1_000 - 15}, "a call that was only tolerated took nothing, and gives nothing back"
 
 

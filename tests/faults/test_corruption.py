@@ -109,7 +109,7 @@ async def test_a_ledger_that_was_exchanged_for_another_one_is_refused(tmp_path: 
 
 async def crashed(data: Path, found: Service) -> None:
     """What a power cut would leave at `data` of the gateway that runs: its files as they are, the log not yet in the database."""
-    lock = found.gateway._embedded.directory / "ledger.db.lock"  # type: ignore[union-attr]  # it has one
+    lock = found.gateway._composition.embedded.directory / "ledger.db.lock"  # type: ignore[union-attr]  # it has one
     with anyio.fail_after(10):
         while int.from_bytes(lock.read_bytes()) < 2 * CALLS:
             await anyio.sleep(0.01)
@@ -216,7 +216,7 @@ async def test_a_damaged_cache_is_set_aside_and_no_call_notices(tmp_path: Path, 
 
 async def test_a_cache_that_is_damaged_while_the_gateway_runs_is_rebuilt(tmp_path: Path) -> None:
     async with service(tmp_path) as found:
-        responses = found.gateway._responses
+        responses = found.gateway._composition.responses
         assert isinstance(responses, DiskResponseCache)
         await found.cached_call()
         await responses.flush()

@@ -147,7 +147,7 @@ class Walk:
 
     async def _ask_again(self, where: str) -> None:
         """The idempotency key is not left behind by a call that is over, and what was billed under it is not billed again."""
-        vars(self.gateway._background).pop("start", None)
+        vars(self.gateway._composition.background).pop("start", None)
         billed = [provider.bill[self.text] for provider in self._providers]
         refused: Conflict | None = None
         try:
@@ -164,14 +164,14 @@ class Walk:
 async def quiet(gateway: AIGateway) -> None:
     """Every job has ended, and the ledger has taken what was left for later."""
     with anyio.fail_after(10), suppress(asyncio.CancelledError):
-        background = gateway._background
+        background = gateway._composition.background
         for job in [job for owner in background._owners for job in owner.jobs]:
             await job.finished()
         if background._tasks:
             await asyncio.wait(background._tasks)
     with anyio.fail_after(10):
-        while gateway._outbox.waiting:
-            await gateway._outbox.deliver()
+        while gateway._composition.outbox.waiting:
+            await gateway._composition.outbox.deliver()
 
 
 @asynccontextmanager
@@ -190,7 +190,7 @@ async def walking(
 def cut_work(gateway: AIGateway, at: int, act: Callable[[Job[Any]], BaseException | None]) -> list[AtAwait]:
     """From now on the work of each job of the gateway is cut off at await `at`."""
     cuts: list[AtAwait] = []
-    start = type(gateway._background).start
+    start = type(gateway._composition.background).start
 
     def starting(work: Work[Any], limit: float) -> Any:
         def cut(job: Job[Any]) -> Awaitable[Any]:
@@ -200,9 +200,9 @@ def cut_work(gateway: AIGateway, at: int, act: Callable[[Job[Any]], BaseExceptio
         async def walked(job: Job[Any]) -> Any:
             return await cut(job)
 
-        return start(gateway._background, walked, limit)
+        return start(gateway._composition.background, walked, limit)
 
-    gateway._background.start = starting  # type: ignore[method-assign,assignment]  # for the step that follows
+    gateway._composition.background.start = starting  # type: ignore[method-assign,assignment]  # for the step that follows
     return cuts
 
 

@@ -42,7 +42,7 @@ def gateway_over(ledger: FaultyLedger, *providers: object, **settings: Any) -> A
 
 
 def waiting(gateway: AIGateway) -> int:
-    return gateway._outbox.waiting
+    return gateway._composition.outbox.waiting
 
 
 async def until_delivered(gateway: AIGateway) -> None:
@@ -126,11 +126,11 @@ async def test_on_a_bare_mount_later_calls_write_it_in_passing(ledger: FaultyLed
 async def test_on_a_bare_mount_a_ledger_that_stays_away_is_not_asked_by_every_call(ledger: FaultyLedger) -> None:
     gateway = gateway_over(ledger, ScriptedProvider("hi", repeat=True))
     ledger.failing = {"settle": 100_000}
-    gateway._outbox._pause = 1000.0
+    gateway._composition.outbox._pause = 1000.0
     for number in range(5):
         await gateway.complete(WHO, ask(str(number)))
     asked = ledger.asked.count("settle")
-    gateway._outbox.put("use_other", None)
+    gateway._composition.outbox.put("use_other", None)
     await gateway.complete(WHO, ask("last"))
     assert "release" not in ledger.asked
     assert ledger.asked.count("settle") == asked + 1
@@ -142,7 +142,7 @@ async def test_at_the_end_of_a_lifespan_it_is_tried_once_more(ledger: FaultyLedg
     gateway = gateway_over(ledger, ScriptedProvider("hi"))
     async with gateway:
         ledger.failing = {"settle": 1000}
-        gateway._outbox._pause = 1000.0
+        gateway._composition.outbox._pause = 1000.0
         await gateway.complete(WHO, ask())
         ledger.failing = {}
     async with gateway:
@@ -220,7 +220,7 @@ async def test_many_that_wait_are_told_at_one_go(ledger: FaultyLedger) -> None:
                 group.start_soon(gateway.complete, Principal("uncapped"), ask(str(number)))
         assert waiting(gateway) == 200
         ledger.failing = {}
-        await gateway._outbox.deliver()
+        await gateway._composition.outbox.deliver()
         assert waiting(gateway) == 0
 
 

@@ -67,6 +67,6 @@ async def test_a_settlement_is_written_whole_or_not_at_all(tmp_path: Path) -> No
 
 async def test_a_grant_is_on_the_disk_before_anybody_is_told(tmp_path: Path) -> None:
     async with gateway_over(tmp_path) as gateway:
-        connection = gateway._ledger_store._commit._writer._connection  # type: ignore[attr-defined]  # the one that writes
+        connection = gateway._ledger._commit._writer._connection  # type: ignore[attr-defined]  # the one that writes
         assert connection.execute("PRAGMA synchronous").fetchone() == (2,)
         assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)

@@ -1,0 +1,99 @@
+"""What an `AIGateway` is told at its construction, and how it is checked."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Any, TypedDict
+
+from limits.aio.storage import Storage
+
+from .drains import OnDisconnect
+from .errors import ConfigurationError
+from .http.door import AuthorizeAdmin, ResolvePrincipal
+from .policy.caching import CachePolicy
+from .policy.idempotency import IdempotencyPolicy
+from .policy.pricing import ConfiguredPrices
+from .policy.routing import RetryPolicy
+from .protocols import Clock, IdempotencyStore, KeyStore, Ledger, Observer, PriceStore, PromptStore, ResponseCache, TenantStore
+from .types import (
+    ImageTokens,
+    Limits,
+    Timeouts,
+)
+
+MAX_BODY_BYTES = 10 * 2**20
+
+
+class SettingFields(TypedDict, total=False):
+    """The keyword arguments of `AIGateway`, which says what they mean; their defaults are those of `Composition`."""
+
+    providers: Iterable[object]
+    data_dir: str | os.PathLike[str] | None
+    prices: ConfiguredPrices | None
+    resolve_principal: ResolvePrincipal | None
+    authorize_admin: AuthorizeAdmin | None
+    trusted_origins: Collection[str]
+    limits: Limits | None
+    default_limits: Limits | None
+    cache: CachePolicy | None
+    timeouts: Timeouts | None
+    observers: Sequence[Observer]
+    keys: KeyStore | None
+    tenants: TenantStore | None
+    price_store: PriceStore | None
+    prompts: PromptStore | None
+    ledger: Ledger | None
+    responses: ResponseCache | None
+    windows: Storage | None
+    idempotency: IdempotencyStore | None
+    idempotency_policy: IdempotencyPolicy | None
+    retries: RetryPolicy | None
+    public_prices: bool
+    default_max_tokens: int | None
+    min_output_tokens: int
+    allow_unbounded: Collection[str]
+    image_tokens: ImageTokens | None
+    limiter_fail_open: bool
+    enforce: bool
+    budget_thresholds: Sequence[int]
+    max_body_bytes: int
+    on_disconnect: OnDisconnect
+    max_drain_bytes: int
+    max_drains: int
+    name: str
+    clock: Clock
+    random: Callable[[int], bytes]
+
+
+def check_names(settings: Mapping[str, Any]) -> None:
+    """Raises `ConfigurationError` for an argument that there is not."""
+    unknown = settings.keys() - SettingFields.__annotations__.keys()
+    if unknown:
+        name = min(unknown)
+        known = ", ".join(sorted(SettingFields.__annotations__))
+        raise ConfigurationError(f"AIGateway takes no argument {name!r}; there are {known}", param=name)
+
+
+def check_limits(limits: Limits | None, name: str) -> Limits | None:
+    if limits is not None and not isinstance(limits, Limits):
+        raise ConfigurationError(f"{name} must be Limits(...), not {type(limits).__name__}", param=name)
+    return limits
+
+
+def check_positive(value: int | None, name: str) -> int | None:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        raise ConfigurationError(f"{name} must be a positive integer", param=name)
+    return value
+
+
+def check_on_disconnect(value: OnDisconnect) -> OnDisconnect:
+    if value not in ("drain", "cancel"):
+        raise ConfigurationError('on_disconnect must be "drain" or "cancel"', param="on_disconnect")
+    return value
+
+
+def check_image_tokens(bounds: ImageTokens | None) -> ImageTokens:
+    if bounds is not None and not isinstance(bounds, ImageTokens):
+        raise ConfigurationError("image_tokens must be an ImageTokens", param="image_tokens")
+    return bounds or ImageTokens()

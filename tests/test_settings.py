@@ -1,0 +1,26 @@
+"""What a gateway is told at its construction."""
+
+import inspect
+
+import pytest
+
+from starlette_aigateway import AIGateway, ConfigurationError
+from starlette_aigateway.composition import Composition
+from starlette_aigateway.settings import SettingFields
+
+
+def test_an_argument_that_there_is_not_is_named_with_those_that_there_are() -> None:
+    with pytest.raises(ConfigurationError, match=r"no argument 'provider'; there are .*\bproviders\b") as caught:
+        AIGateway.in_memory(provider=[])  # type: ignore[call-arg]  # the mistake that is made
+    assert caught.value.param == "provider"
+
+
+def test_a_gateway_in_memory_takes_no_directory() -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        AIGateway.in_memory(data_dir="somewhere")
+    assert caught.value.param == "data_dir"
+
+
+def test_the_arguments_of_a_gateway_are_all_that_a_composition_is_made_from() -> None:
+    taken = inspect.signature(Composition).parameters.keys() - {"tap"}
+    assert taken == SettingFields.__annotations__.keys()
