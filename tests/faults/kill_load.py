@@ -24,8 +24,8 @@ LOST = (aiohttp.ClientError, ConnectionError, TimeoutError)
 REFUSALS = ("spend_cap_exceeded", "spend_cap_held", "too_many_parallel_requests", "storage_unavailable")
 """Codes of requests that no provider may have been asked for."""
 
-PATIENCE = 30
-"""Refusals after which a household is replaced by a new one; a final one counts for five."""
+PATIENCE = 100
+"""Refusals after which a household is replaced by a new one; a final one counts for ten."""
 
 PAUSE = 0.02
 """Seconds that a refused caller waits."""
@@ -121,7 +121,7 @@ class Load:
         if "of this gateway" in text:
             self.gateway_is_full.set()
         else:
-            household.refusals += 5 if code == "spend_cap_exceeded" else 1
+            household.refusals += 10 if code == "spend_cap_exceeded" else 1
         await anyio.sleep(PAUSE)
 
     async def _move_on(self, place: int, household: Household) -> None:

@@ -299,4 +299,6 @@ class LedgerMachine(RuleBasedStateMachine):
 
 
 TestLedgerMachine = LedgerMachine.TestCase
-TestLedgerMachine.settings = settings(max_examples=20, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck))
+TestLedgerMachine.settings = settings(
+    max_examples=settings().max_examples // 5, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
+)
