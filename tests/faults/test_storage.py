@@ -119,8 +119,8 @@ async def test_keys_can_be_read_while_somebody_else_writes_them(tmp_path: Path) 
 
 
 @contextmanager
-def read_only(path: Path) -> Iterator[None]:
-    """`path`, with all that is in it, cannot be written to within the block, also not by the superuser."""
+def read_only(path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """`path`, with all that is in it, cannot be written to within the block. A superuser who may not mount is told so."""
     if may_mount():
         subprocess.run(["mount", "--bind", str(path), str(path)], check=True)
         subprocess.run(["mount", "-o", "remount,bind,ro", str(path)], check=True)
@@ -130,17 +130,22 @@ def read_only(path: Path) -> Iterator[None]:
             unmount(path)
     else:
         path.chmod(0o500)
+        access = os.access
+        monkeypatch.setattr(os, "access", lambda place, mode: not (place == path and mode & os.W_OK) and access(place, mode))
         try:
             yield
         finally:
             path.chmod(0o700)
+            monkeypatch.setattr(os, "access", access)
 
 
-async def test_a_directory_that_is_read_only_is_refused_at_the_start_by_name_and_nothing_is_lost(tmp_path: Path) -> None:
+async def test_a_directory_that_is_read_only_is_refused_at_the_start_by_name_and_nothing_is_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     data = tmp_path / "data"
     async with service(data) as found:
         await found.call()
-    with read_only(data):
+    with read_only(data, monkeypatch):
         assert not os.access(data, os.W_OK)
         with pytest.raises(ConfigurationError, match=r"data_dir .*write"):
             async with service(data):
