@@ -22,7 +22,7 @@ from .accounts import GATEWAY_SCOPE, GROUPINGS, Finding, UsageQuery, UsageReport
 from .errors import AIGatewayError, InvalidRequest, NotFound
 from .http import shapes, sheets
 from .stores.sqlite.config import SCHEMA as CONFIG_SCHEMA
-from .stores.sqlite.inspection import LedgerFigures, damage, inspected, ledger_figures
+from .stores.sqlite.inspection import LedgerFigures, damage, inspected, ledger_figures, missing
 from .stores.sqlite.keys import select_key
 from .stores.sqlite.ledger_budgets import read_budgets
 from .stores.sqlite.ledger_check import Progress as Told
@@ -30,6 +30,7 @@ from .stores.sqlite.ledger_check import audit
 from .stores.sqlite.ledger_schema import SCHEMA as LEDGER_SCHEMA
 from .stores.sqlite.ledger_schema import Prices
 from .stores.sqlite.ledger_usage import MAX_PAGE, UsageReader
+from .stores.sqlite.witness import noted
 from .types import Caps
 
 FOUND, UNREADABLE, INTERRUPTED = 1, 2, 130
@@ -72,10 +73,11 @@ def check(data_dir: Path, as_json: bool) -> int:
     Exit code 0: everything adds up. 1: there are findings. 2: the ledger cannot be read.
     """
     begun = time.monotonic()
+    known = noted(data_dir / "ledger.db")
     with inspected(data_dir / "ledger.db", LEDGER_SCHEMA) as connection:
         figures = ledger_figures(connection)
         with _progress(figures.entries + figures.records) as told:
-            findings = damage(connection, "ledger.db") or audit(connection, told)
+            findings = damage(connection, "ledger.db") or [*missing(connection, "ledger.db", known), *audit(connection, told)]
     seconds = round(time.monotonic() - begun, 3)
     if as_json:
         _print_json(_checked(figures, findings, seconds))

@@ -250,6 +250,21 @@ def test_a_page_that_sqlite_finds_damaged_is_a_finding(data_dir: Path) -> None:
     assert {finding["invariant"] for finding in findings} == {"file"}
 
 
+def test_what_was_committed_and_is_not_there_any_more_is_a_finding(data_dir: Path) -> None:
+    entries = answer("check", "--data-dir", data_dir)["entries"]
+    (data_dir / "ledger.db.lock").write_bytes((entries + 5).to_bytes(8, "big"))
+    (finding,) = answer("check", "--data-dir", data_dir, code=1)["findings"]
+    assert (finding["invariant"], finding["subject"]) == ("I4", "ledger.db")
+    assert f"ends at row {entries}, though row {entries + 5} was committed" in finding["message"]
+
+
+def test_an_empty_file_is_no_ledger_of_an_older_release(data_dir: Path) -> None:
+    (data_dir / "ledger.db").write_bytes(b"")
+    done = aigateway("check", "--data-dir", data_dir)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "put a backup back" in done.stderr
+
+
 # -- reports -----------------------------------------------------------------------------------------------------------
 
 

@@ -14,6 +14,8 @@ from msgspec import Struct
 from ...accounts import GATEWAY_SCOPE, Finding
 from ...errors import ConfigurationError, StorageUnavailable
 from .connection import NETWORK_FILE_SYSTEMS, file_system
+from .ledger_schema import LAST_ENTRY
+from .witness import shortfall
 
 FIGURES: Final = """
 SELECT (SELECT count(*) FROM entries), (SELECT count(*) FROM holds WHERE expired = 0), (SELECT count(*) FROM usage),
@@ -58,6 +60,13 @@ def damage(connection: sqlite3.Connection, name: str) -> list[Finding]:
     return [Finding("file", name, message) for (message,) in connection.execute("PRAGMA quick_check") if message != "ok"]
 
 
+def missing(connection: sqlite3.Connection, name: str, known: int | None) -> list[Finding]:
+    """What was committed to the ledger by a time before the snapshot (`witness.noted`), and is not there any more."""
+    (reached,) = connection.execute(LAST_ENTRY).fetchone()
+    told = shortfall(reached, known)
+    return [] if told is None else [Finding("I4", name, told)]
+
+
 def ledger_figures(connection: sqlite3.Connection) -> LedgerFigures:
     entries, open_holds, records, spent = connection.execute(FIGURES, (GATEWAY_SCOPE,)).fetchone()
     return LedgerFigures(entries=entries, open_holds=open_holds, records=records, spent=spent)
@@ -80,6 +89,8 @@ def _check_place(path: Path) -> None:
 def _check_version(name: str, applied: int, known: int) -> None:
     if applied > known:
         raise ConfigurationError(f"{name} has schema version {applied}, this release knows {known}: upgrade the package")
+    if not applied:
+        raise ConfigurationError(f"{name} is empty: put a backup back, with the service stopped")
     if applied < known:
         raise ConfigurationError(
             f"{name} has schema version {applied}, this release reads {known}: start the gateway of this release once, which brings the "

@@ -41,7 +41,7 @@ from .ledger_ops import (
     Settle,
     Told,
 )
-from .ledger_schema import SCHEMA, Prices
+from .ledger_schema import LAST_ENTRY, SCHEMA, Prices
 from .ledger_usage import UsageReader
 from .readers import Readers
 from .witness import Witness
@@ -71,7 +71,7 @@ class SQLiteLedger:
         self._timeout = timeout
         self._prices = Prices()
         self._writer = BatchWriter(self._prices, check_thresholds(thresholds))
-        self._witness = Witness(self._path, progress="SELECT coalesce(max(seq), 0) FROM entries", remedy=REMEDY)
+        self._witness = Witness(self._path, progress=LAST_ENTRY, remedy=REMEDY)
         self._commit = GroupCommit[Op, Result](
             self._connect,
             self._writer.apply,

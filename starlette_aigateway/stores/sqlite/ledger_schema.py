@@ -77,6 +77,9 @@ BEGIN SELECT raise(ABORT, 'entries are append-only'); END;
 """,
 )
 
+LAST_ENTRY: Final = "SELECT coalesce(max(seq), 0) FROM entries"
+"""It never falls: pruning leaves the last entry of all."""
+
 SEQ_BITS = 20
 SEQ_STEP = 1 << SEQ_BITS
 ADJUSTED = ".adjust"

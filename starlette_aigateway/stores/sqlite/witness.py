@@ -20,11 +20,35 @@ LOST = "To go on with it as it is, without what is lost, delete the .lock file b
 Identity: TypeAlias = tuple[int, int] | None
 
 
+def lock_file_of(path: Path) -> Path:
+    return path.with_name(path.name + ".lock")
+
+
+def noted(path: Path) -> int | None:
+    """How far the database at `path` had got at the least. None: it has no lock file, so nothing was ever committed to it."""
+    lock_file = lock_file_of(path)
+    try:
+        return int.from_bytes(lock_file.read_bytes()[:NUMBER_BYTES], "big")
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise StorageUnavailable(f"{lock_file.name} cannot be read: {error.strerror}") from error
+
+
+def shortfall(reached: int, known: int | None) -> str | None:
+    """What is missing from a database that has only `reached` what was noted before it was read."""
+    if reached >= (known or 0):
+        return None
+    return (
+        f"ends at row {reached}, though row {known} was committed: its -wal file was lost or damaged, or an older copy was put in its place"
+    )
+
+
 class Witness:
     """Of the database at `path`. `progress` is a query for a number that never falls; `remedy` says what its operator should do."""
 
     def __init__(self, path: Path, *, progress: str, remedy: str) -> None:
-        self.lock_file = path.with_name(path.name + ".lock")
+        self.lock_file = lock_file_of(path)
         self._path = path
         self._progress = progress
         self._remedy = remedy
@@ -41,17 +65,14 @@ class Witness:
     def open(self, connect: Callable[[], sqlite3.Connection]) -> sqlite3.Connection:
         """What `connect` opens, which may be a new file where there never was one. Raises `StorageUnavailable` for a database that is gone,
         empty, or behind what was committed to it."""
-        known = self._read()  # before the database is: others may commit meanwhile
+        known = noted(self._path)  # before the database is read: others may commit meanwhile
         if (self._opened or known is not None) and self._is_empty():
             raise StorageUnavailable(f"{self._path.name} is gone or empty, though it was in use before: {self._remedy}")
         connection = connect()
         try:
-            reached = self._reached(connection)
-            if reached < (known or 0):
-                raise StorageUnavailable(
-                    f"{self._path.name} ends at row {reached}, though row {known} was committed: its -wal file was lost or damaged, or an"
-                    f" older copy was put in its place. {LOST}; else {self._remedy}"
-                )
+            missing = shortfall(self._reached(connection), known)
+            if missing is not None:
+                raise StorageUnavailable(f"{self._path.name} {missing}. {LOST}; else {self._remedy}")
         except BaseException:
             connection.close()
             raise
@@ -67,15 +88,6 @@ class Witness:
 
     def _reached(self, connection: sqlite3.Connection) -> int:
         return int(connection.execute(self._progress).fetchone()[0])
-
-    def _read(self) -> int | None:
-        """None: there is no lock file, so nothing was ever committed."""
-        try:
-            return int.from_bytes(self.lock_file.read_bytes()[:NUMBER_BYTES], "big")
-        except FileNotFoundError:
-            return None
-        except OSError as error:
-            raise StorageUnavailable(f"{self.lock_file.name} cannot be read: {error.strerror}") from error
 
     def _is_empty(self) -> bool:
         try:
