@@ -1,6 +1,6 @@
 """An AI gateway that lives inside your Starlette, FastAPI or Quart app."""
 
-from .accounts import Budget, Credit, UsageRecord, UsageReport
+from .accounts import AdminAction, Budget, Credit, UsageRecord, UsageReport
 from .caller import Caller
 from .errors import (
     AIGatewayError,
@@ -59,6 +59,7 @@ __all__ = [
     "AIGatewayError",
     "AIGatewayMiddleware",
     "Admin",
+    "AdminAction",
     "Answer",
     "AnswerStream",
     "AuthenticationError",

@@ -186,6 +186,33 @@ class Credit(Struct, frozen=True, kw_only=True):
         return self.ended_at is None and now < self.expires_at
 
 
+class AdminAction(Struct, frozen=True, kw_only=True):
+    """What an administrator did, or the host's own code (`actor` `host`, unless it names one). `action` is `key.create`, `price.set`, …;
+    `subject` the id; `tenant` the one that it belongs to, None for what is the gateway's. `created_at` is in Unix seconds. `details` tell
+    which settings were given; metadata, notes and the texts of prompts are only named there, in `also`."""
+
+    id: str
+    created_at: float
+    actor: str
+    action: str
+    subject: str
+    tenant: str | None = None
+    details: Mapping[str, Any] = {}
+
+
+class AuditQuery(Struct, frozen=True, kw_only=True):
+    """Filters are exact and combined by `and`; the range is half-open, Unix seconds. At most `limit`, those below the id `before`."""
+
+    actor: str | None = None
+    action: str | None = None
+    subject: str | None = None
+    tenant: str | None = None
+    since: float | None = None
+    until: float | None = None
+    limit: int = 100
+    before: str | None = None
+
+
 class UsageQuery(Struct, frozen=True, kw_only=True):
     """Filters are exact and combined by `and`; the range is half-open, Unix seconds. `group_by` takes `day`, `month`, `model`, `provider`,
     `principal`, `tenant`, `key`, `outcome`. `cursor` is the `next_cursor` of an earlier page; records come newest first."""

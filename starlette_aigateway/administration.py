@@ -11,7 +11,9 @@ from .bookkeeping import Bookkeeping, Stores, existing, page_size
 from .errors import AuthenticationError, InvalidArgument
 from .policy import keys as key_policy
 from .policy import prompts as prompt_policy
-from .types import KEY_ID_PREFIX, Key, LimitFields, Message, Price, Principal, Tenant, check_id, utc
+from .prices import price_texts
+from .trail import HOST
+from .types import KEY_ID_PREFIX, Key, LimitFields, Message, Price, Principal, Tenant, check_id, limit_fields, utc
 
 MAX_REMEMBERED = 8192
 MAX_GRACE = 90 * 86_400
@@ -19,7 +21,9 @@ Grace: TypeAlias = "timedelta | float"
 
 
 class Administration(Bookkeeping):
-    """Keys, tenants, prices, prompts. Raises `NotFound` for what does not exist and `InvalidArgument` for what cannot be."""
+    """Keys, tenants, prices, prompts. Raises `NotFound` for what does not exist and `InvalidArgument` for what cannot be.
+
+    Whatever changes something is recorded with its `actor` (`audit`), before it is done; without a record nothing is done."""
 
     def __init__(self, stores: Stores) -> None:
         super().__init__(stores)
@@ -39,6 +43,7 @@ class Administration(Bookkeeping):
         allowed_models: Sequence[str] | None = None,
         expires_at: datetime | None = None,
         metadata: Mapping[str, Any] | None = None,
+        actor: str = HOST,
         **limits: Unpack[LimitFields],
     ) -> tuple[str, Key]:
         """A new key: the raw key, which is told this once and never again, and what is stored of it."""
@@ -51,6 +56,8 @@ class Administration(Bookkeeping):
             raise InvalidArgument("expires_at must be in the future", param="expires_at")
         raw = key_policy.mint(self._random)
         key = Key(id=key_policy.mint_id(KEY_ID_PREFIX, now, self._random), hint=key_policy.hint(raw), created_at=utc(now), **fields)
+        given = {field: value for field, value in fields.items() if value is not None and value != {}}
+        await self._trail.record(actor, "key.create", key.id, key.tenant, given)
         await self._keys.add(key, key_policy.digest(raw))
         return raw, key
 
@@ -63,31 +70,34 @@ class Administration(Bookkeeping):
         await self.ready()
         return await self._keys.list(tenant=tenant, limit=page_size(limit), after=after)
 
-    async def update_key(self, key_id: str, **changes: Any) -> Key:
+    async def update_key(self, key_id: str, *, actor: str = HOST, **changes: Any) -> Key:
         """Sets the fields that are named; a limit of None is no limit. Holds from the next call on, in every worker."""
         checked = key_policy.key_changes(changes)
-        await self.ready()
+        key = await self.get_key(key_id)
+        if not checked:
+            return key
+        await self._trail.record(actor, "key.update", key_id, key.tenant, checked)
         return existing(await self._keys.update(check_id(key_id, "key_id"), checked), "key", key_id)
 
-    async def rotate_key(self, key_id: str, *, grace: Grace = 0) -> tuple[str, Key]:
+    async def rotate_key(self, key_id: str, *, grace: Grace = 0, actor: str = HOST) -> tuple[str, Key]:
         """A new raw key for the same id. The one until now opens for `grace` more (seconds or a timedelta)."""
         seconds = grace.total_seconds() if isinstance(grace, timedelta) else grace
         if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 <= seconds <= MAX_GRACE:
             raise InvalidArgument(f"grace must be between 0 and {MAX_GRACE} seconds", param="grace")
-        await self.ready()
         current = await self.get_key(key_id)
         if current.revoked_at is not None:
             raise InvalidArgument(f"the key {key_id} is revoked; create a new one", param="key_id")
+        await self._trail.record(actor, "key.rotate", key_id, current.tenant, {"grace_seconds": seconds})
         raw = key_policy.mint(self._random)
         key = await self._keys.rotate(key_id, key_policy.digest(raw), key_policy.hint(raw), previous_until=self._clock() + seconds)
         return raw, existing(key, "key", key_id)
 
-    async def revoke_key(self, key_id: str) -> Key:
+    async def revoke_key(self, key_id: str, *, actor: str = HOST) -> Key:
         """Closes the key from the next call on, in every worker. Revoking again changes nothing."""
-        await self.ready()
         current = await self.get_key(key_id)
         if current.revoked_at is not None:
             return current
+        await self._trail.record(actor, "key.revoke", key_id, current.tenant)
         return existing(await self._keys.update(key_id, {"revoked_at": utc(self._clock())}), "key", key_id)
 
     async def authenticate(self, raw_key: str) -> Principal:
@@ -112,11 +122,15 @@ class Administration(Bookkeeping):
 
     # -- tenants -----------------------------------------------------------------------------------------------------
 
-    async def save_tenant(self, tenant: Tenant) -> Tenant:
+    async def save_tenant(self, tenant: Tenant, *, actor: str = HOST) -> Tenant:
         """Creates the tenant or replaces all its limits; what it has spent stays."""
         if not isinstance(tenant, Tenant):
             raise InvalidArgument("tenant must be a Tenant", param="tenant")
         await self.ready()
+        limits: dict[str, Any] = {**limit_fields(tenant)}
+        await self._trail.record(
+            actor, "tenant.save", tenant.id, tenant.id, {name: limit for name, limit in limits.items() if limit is not None}
+        )
         await self._ledger.set_caps(tenant_scope(tenant.id), tenant.caps)
         await self._tenants.put(tenant)
         return tenant
@@ -125,10 +139,13 @@ class Administration(Bookkeeping):
         await self.ready()
         return existing(await self._tenants.get(check_id(tenant_id, "tenant_id")), "tenant", tenant_id)
 
-    async def update_tenant(self, tenant_id: str, **changes: Any) -> Tenant:
+    async def update_tenant(self, tenant_id: str, *, actor: str = HOST, **changes: Any) -> Tenant:
         """Sets the limits that are named; None is no limit."""
         checked = key_policy.tenant_changes(changes)
-        await self.ready()
+        tenant = await self.get_tenant(tenant_id)
+        if not checked:
+            return tenant
+        await self._trail.record(actor, "tenant.update", tenant_id, tenant_id, checked)
         tenant = existing(await self._tenants.update(check_id(tenant_id, "tenant_id"), checked), "tenant", tenant_id)
         await self._ledger.set_caps(tenant_scope(tenant.id), tenant.caps)
         return tenant
@@ -139,7 +156,7 @@ class Administration(Bookkeeping):
 
     # -- prices ------------------------------------------------------------------------------------------------------
 
-    async def set_price(self, model: str, price: Price | None, *, provider: str | None = None) -> None:
+    async def set_price(self, model: str, price: Price | None, *, provider: str | None = None, actor: str = HOST) -> None:
         """Stores the price of `model` (at `provider` only, if named) for all workers; it goes before `prices=`. None removes it."""
         if price is not None and not isinstance(price, Price):
             raise InvalidArgument("price must be a Price or None", param="price")
@@ -147,6 +164,8 @@ class Administration(Bookkeeping):
         if provider is not None:
             check_id(provider, "provider")
         await self.ready()
+        subject = model if provider is None else f"{provider}/{model}"
+        await self._trail.record(actor, "price.set", subject, details={"price": None if price is None else price_texts(price)})
         await self._stored_prices.put(provider, model, price)
 
     async def list_prices(self) -> Mapping[tuple[str | None, str], Price]:
@@ -164,6 +183,7 @@ class Administration(Bookkeeping):
         settings: Mapping[str, Any] | None = None,
         labels: Sequence[str] = (),
         tenant: str | None = None,
+        actor: str = HOST,
     ) -> StoredPrompt:
         """Adds the next version: one text (a system message) or a list of role messages. `labels` move to it, `production` only if it
         is named or this is the first version."""
@@ -172,6 +192,13 @@ class Administration(Bookkeeping):
         if tenant is not None:
             check_id(tenant, "tenant")
         await self.ready()
+        await self._trail.record(
+            actor,
+            "prompt.save",
+            draft.name,
+            tenant,
+            {"labels": moved, "messages": draft.messages} | ({"settings": draft.settings} if draft.settings else {}),
+        )
         return await self._prompts.add(
             draft.name,
             draft.messages,
@@ -201,13 +228,14 @@ class Administration(Bookkeeping):
         return existing(await self._prompts.versions(name, tenant=tenant) or None, "prompt", name)
 
     async def activate_prompt(
-        self, name: str, version: int, *, label: str = prompt_policy.PRODUCTION, tenant: str | None = None
+        self, name: str, version: int, *, label: str = prompt_policy.PRODUCTION, tenant: str | None = None, actor: str = HOST
     ) -> StoredPrompt:
         """Points `label` at `version`, forward or back."""
         prompt_policy.check_label(label)
         if isinstance(version, bool) or not isinstance(version, int) or version < 1:
             raise InvalidArgument("version must be an integer of at least 1", param="version")
-        await self.ready()
+        await self.get_prompt(name, version=version, tenant=tenant)
+        await self._trail.record(actor, "prompt.activate", name, tenant, {"label": label, "version": version})
         return existing(await self._prompts.move_label(name, label, version, tenant=tenant), "prompt", f"{name}@{version}")
 
     async def render_prompt(

@@ -10,6 +10,8 @@ from typing import Any, TypeVar
 from . import money
 from .accounts import (
     GATEWAY_SCOPE,
+    AdminAction,
+    AuditQuery,
     Budget,
     Credit,
     Finding,
@@ -23,7 +25,8 @@ from .money import Money
 from .policy import keys as key_policy
 from .policy.defaults import with_defaults
 from .protocols import Clock, KeyStore, Ledger, PriceStore, PromptStore, TenantStore
-from .types import KEY_ID_PREFIX, Caps, Key, Limits, Principal, Tenant, check_id
+from .trail import HOST, Trail
+from .types import KEY_ID_PREFIX, Caps, Key, Limits, Principal, Tenant, check_id, utc
 
 T = TypeVar("T")
 MAX_PAGE = 1000
@@ -39,6 +42,7 @@ class Stores:
     prices: PriceStore
     prompts: PromptStore
     ledger: Ledger
+    trail: Trail
     default_limits: Limits | None
     clock: Clock
     random: Callable[[int], bytes]
@@ -50,6 +54,7 @@ class Bookkeeping:
     def __init__(self, stores: Stores) -> None:
         self._keys = stores.keys
         self._ledger = stores.ledger
+        self._trail = stores.trail
         self._default_limits = stores.default_limits
         self._clock = stores.clock
         self._random = stores.random
@@ -147,7 +152,7 @@ class Bookkeeping:
         note: str = "",
         tenant: Tenant | str | None = None,
         gateway: bool = False,
-        actor: str = "host",
+        actor: str = HOST,
     ) -> Credit:
         """A temporary top-up in US dollars: until `expires` (a moment, or how long from now) it adds `amount` to every cap of a principal
         or a key (or their ids), of a `tenant`, or of the `gateway` as a whole. What was spent of it by then stays spent. `actor` and
@@ -165,19 +170,22 @@ class Bookkeeping:
         if until is None or until <= now:
             raise InvalidArgument("expires must be a moment in the future, or how long the credit is to last", param="expires")
         credit_id = key_policy.mint_id("crd_", now, self._random)
-        return await self._ledger.add_credit(
-            Credit(id=credit_id, scope=scope, amount=nano, created_at=now, expires_at=until, actor=actor, note=note)
-        )
+        credit = Credit(id=credit_id, scope=scope, amount=nano, created_at=now, expires_at=until, actor=actor, note=note)
+        details = {"scope": scope, "amount_usd": credit.amount_usd, "expires_at": utc(until)}
+        await self._trail.record(actor, "credit.add", credit_id, await self._tenant_of(scope), details | ({"note": note} if note else {}))
+        return await self._ledger.add_credit(credit)
 
     async def get_credit(self, credit_id: str) -> Credit:
         check_id(credit_id, "credit_id")
         await self.ready()
         return existing(await self._ledger.credit(credit_id), "credit", credit_id)
 
-    async def end_credit(self, credit_id: str) -> Credit:
+    async def end_credit(self, credit_id: str, *, actor: str = HOST) -> Credit:
         """Ends a credit before its time; what was spent of it stays spent. Ending it again changes nothing."""
-        check_id(credit_id, "credit_id")
-        await self.ready()
+        credit = await self.get_credit(credit_id)
+        if credit.ended_at is not None:
+            return credit
+        await self._trail.record(actor, "credit.end", credit_id, await self._tenant_of(credit.scope), {"scope": credit.scope})
         return existing(await self._ledger.end_credit(credit_id, now=self._clock()), "credit", credit_id)
 
     async def list_credits(
@@ -209,6 +217,44 @@ class Bookkeeping:
         if name.startswith(KEY_ID_PREFIX):
             existing(await self._keys.get(name), "key", name)
         return principal_scope(name)
+
+    async def _tenant_of(self, scope: str) -> str | None:
+        """Whose a scope is: a tenant's own, or the one of a stored key."""
+        kind, _, name = scope.partition(":")
+        if kind == "tenant":
+            return name
+        key = await self._keys.get(name) if kind == "principal" and name.startswith(KEY_ID_PREFIX) else None
+        return None if key is None else key.tenant
+
+    # -- what administrators did -------------------------------------------------------------------------------------
+
+    async def audit(
+        self,
+        *,
+        actor: str | None = None,
+        action: str | None = None,
+        subject: str | None = None,
+        tenant: str | None = None,
+        since: datetime | None = None,
+        until: datetime | None = None,
+        limit: int = 100,
+        before: str | None = None,
+    ) -> Sequence[AdminAction]:
+        """What administrators and the host's own code did to keys, tenants, prices, prompts and credits, newest first; at most `limit`,
+        those older than the id `before`. The range is half-open. Each was written down before it was done, so that nothing is missing: of
+        what stands here, a store that failed at that very moment may have kept the last step from being taken."""
+        query = AuditQuery(
+            actor=actor,
+            action=action,
+            subject=subject,
+            tenant=tenant,
+            since=_seconds(since, "since"),
+            until=_seconds(until, "until"),
+            limit=page_size(limit),
+            before=before,
+        )
+        await self.ready()
+        return await self._trail.store.list(query)
 
     # -- the ledger itself -------------------------------------------------------------------------------------------
 

@@ -38,11 +38,12 @@ from .policy.estimate import MIN_OUTPUT_TOKENS
 from .policy.idempotency import IdempotencyPolicy
 from .policy.pricing import ConfiguredPrices, PriceBook
 from .policy.routing import RetryPolicy
-from .protocols import Clock, IdempotencyStore, KeyStore, Ledger, Observer, PriceStore, PromptStore, ResponseCache, TenantStore
+from .protocols import AuditStore, Clock, IdempotencyStore, KeyStore, Ledger, Observer, PriceStore, PromptStore, ResponseCache, TenantStore
 from .providers.simple import RegisteredProvider, adapt
 from .public_prices import PublicPrices
 from .services import Services
 from .settings import MAX_BODY_BYTES, check_image_tokens, check_limits, check_on_disconnect, check_positive
+from .trail import Trail
 from .types import (
     ImageTokens,
     Limits,
@@ -79,6 +80,7 @@ class Composition(Administration):
         windows: Storage | None = None,
         idempotency: IdempotencyStore | None = None,
         idempotency_policy: IdempotencyPolicy | None = None,
+        audit_store: AuditStore | None = None,
         retries: RetryPolicy | None = None,
         public_prices: bool = False,
         default_max_tokens: int | None = None,
@@ -99,7 +101,7 @@ class Composition(Administration):
     ) -> None:
         timeouts = timeouts or Timeouts()
         embedded = Embedded(directory_of(data_dir), timeouts, clock, cache or CachePolicy())
-        stores = [keys, tenants, price_store, prompts, ledger, responses, windows, idempotency]
+        stores = [keys, tenants, price_store, prompts, ledger, responses, windows, idempotency, audit_store]
         if data_dir is None and any(store is None for store in stores):
             raise ConfigurationError(
                 "data_dir is required: a directory of this host for keys, ledger and cache; or use AIGateway.in_memory(...) in tests",
@@ -113,6 +115,7 @@ class Composition(Administration):
             prices=price_store or embedded.prices(),
             prompts=prompts or embedded.prompts(),
             ledger=self.ledger,
+            trail=Trail(audit_store or embedded.audit(), clock, random),
             default_limits=check_limits(default_limits, "default_limits"),
             clock=clock,
             random=random,
@@ -203,7 +206,7 @@ class Composition(Administration):
             await self.embedded.open(opened)
         stores = (
             self._keys, self._tenants, self._stored_prices, self._prompts, self.ledger, self.responses, self._storage,
-            self._idempotency,
+            self._idempotency, self._trail.store,
             *(registered.provider for registered in self.providers.values()),
         )  # fmt: skip
         for store in {id(store): store for store in stores}.values():

@@ -15,7 +15,8 @@ from limits.aio.storage import Storage
 from .cache import DiskResponseCache
 from .errors import ConfigurationError
 from .policy.caching import CachePolicy
-from .protocols import Clock, IdempotencyStore, KeyStore, Ledger, PriceStore, PromptStore, ResponseCache, TenantStore
+from .protocols import AuditStore, Clock, IdempotencyStore, KeyStore, Ledger, PriceStore, PromptStore, ResponseCache, TenantStore
+from .stores.sqlite.audit import SQLiteAuditStore
 from .stores.sqlite.config import ConfigDatabase
 from .stores.sqlite.connection import prepare_directory
 from .stores.sqlite.idempotency import SQLiteIdempotencyStore
@@ -50,6 +51,9 @@ class Embedded:
 
     def prompts(self) -> PromptStore:
         return SQLitePromptStore(self._configuration())
+
+    def audit(self) -> AuditStore:
+        return SQLiteAuditStore(self._configuration())
 
     def ledger(self, thresholds: Sequence[int]) -> Ledger:
         return SQLiteLedger(self.directory / "ledger.db", timeout=self._timeouts.storage, thresholds=thresholds)

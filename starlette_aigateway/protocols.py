@@ -14,7 +14,20 @@ from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 from msgspec import Struct
 
-from .accounts import Budget, Credit, Finding, Hold, HoldRequest, Settlement, StoredPrompt, UsageQuery, UsageRecord, UsageReport
+from .accounts import (
+    AdminAction,
+    AuditQuery,
+    Budget,
+    Credit,
+    Finding,
+    Hold,
+    HoldRequest,
+    Settlement,
+    StoredPrompt,
+    UsageQuery,
+    UsageRecord,
+    UsageReport,
+)
 from .events import BudgetReached, Event
 from .types import Caps, Chunk, Completion, CompletionRequest, Key, Price, ProviderCall, StreamItem, Tenant
 
@@ -64,6 +77,16 @@ class PriceStore(Protocol):
 
     async def all(self) -> Mapping[tuple[str | None, str], Price]:
         """Every stored price by `(provider, model)`, as it is now in every worker. Called for each call: it has to be cheap."""
+
+
+class AuditStore(Protocol):
+    """What administrators did. Nothing here changes or removes anything."""
+
+    async def add(self, action: AdminAction) -> None:
+        """Durable when it returns; once per id."""
+
+    async def list(self, query: AuditQuery) -> Sequence[AdminAction]:
+        """In the descending order of their ids, which is that of time."""
 
 
 class PromptStore(Protocol):

@@ -15,7 +15,7 @@ from .policy.caching import CachePolicy
 from .policy.idempotency import IdempotencyPolicy
 from .policy.pricing import ConfiguredPrices
 from .policy.routing import RetryPolicy
-from .protocols import Clock, IdempotencyStore, KeyStore, Ledger, Observer, PriceStore, PromptStore, ResponseCache, TenantStore
+from .protocols import AuditStore, Clock, IdempotencyStore, KeyStore, Ledger, Observer, PriceStore, PromptStore, ResponseCache, TenantStore
 from .types import (
     ImageTokens,
     Limits,
@@ -48,6 +48,7 @@ class SettingFields(TypedDict, total=False):
     windows: Storage | None
     idempotency: IdempotencyStore | None
     idempotency_policy: IdempotencyPolicy | None
+    audit_store: AuditStore | None
     retries: RetryPolicy | None
     public_prices: bool
     default_max_tokens: int | None

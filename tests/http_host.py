@@ -164,6 +164,7 @@ EXAMPLES: dict[tuple[str, str], Example] = {
     ("POST", "/credits"): Example(body={"tenant": "acme", "amount_usd": "2.5", "expires_at": "2126-01-31T12:00:00Z"}),
     ("GET", "/credits/{id}"): Example(),
     ("DELETE", "/credits/{id}"): Example(),
+    ("GET", "/audit"): Example(query={"tenant": "acme", "since": "2020-01-01"}),
     ("GET", "/usage"): Example(query={"group_by": "day,model", "since": "2020-01-01"}),
     ("GET", "/healthz"): Example(),
     ("GET", "/readyz"): Example(),

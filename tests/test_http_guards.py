@@ -193,6 +193,7 @@ def test_an_administrator_of_a_tenant_reaches_no_other_tenants_things(host: Serv
         ("GET", "/prompts/greet", None),
         ("POST", "/prompts/greet/activate", {"version": 1}),
         ("POST", "/prompts/greet/render", {"variables": {"name": "Ada"}}),
+        ("GET", "/audit?tenant=umbrella", None),
         ("GET", "/credits?tenant=umbrella", None),
         ("GET", "/credits?gateway=true", None),
         ("GET", f"/credits?principal={foreign['id']}", None),
@@ -287,7 +288,7 @@ def test_with_the_stores_down_every_admin_route_is_503_and_says_when_to_come_bac
 
     furnish(host)
     gateway = host.gateway
-    for store in (gateway._keys, gateway._tenants, gateway._prompts, gateway._stored_prices, gateway._ledger):
+    for store in (gateway._keys, gateway._tenants, gateway._prompts, gateway._stored_prices, gateway._ledger, gateway._trail.store):
         for verb in STORE_VERBS & set(dir(store)):
             monkeypatch.setattr(store, verb, down)
     before = len(host.acted)

@@ -26,6 +26,7 @@ LAYERS: tuple[dict[str, set[str]], ...] = (
         "pipeline": {
             "administration", "admission", "answers", "attempt", "attempts", "background", "bookkeeping", "calls", "channel", "drains",
             "flights", "holds", "idempotency", "lifecycle", "observing", "outbox", "pipeline", "quotes", "replay", "services", "streams",
+            "trail",
         }
     },
     {"http": {"http"}},

@@ -61,7 +61,7 @@ async def end_credit(exchange: Exchange) -> Response:
     credit = await _reachable(exchange)
     _check_may_give(exchange, {"tenant": None} if credit.scope.startswith("principal:") else {"tenant": credit.scope})
     if credit.ended_at is None:
-        credit = await exchange.administration.end_credit(credit.id)
+        credit = await exchange.administration.end_credit(credit.id, actor=exchange.administrator.actor)
         exchange.acted("credit.end", credit.id)
     return exchange.answer(shapes.credit(credit))
 

@@ -33,7 +33,7 @@ async def create_key(exchange: Exchange) -> Response:
     if "name" not in fields:
         raise InvalidRequest("name is required: what this key is for, in a word or two", param="name")
     fields["tenant"] = realm.tenant_asked(exchange.administrator, fields.get("tenant"))
-    raw, key = await exchange.administration.create_key(**fields)
+    raw, key = await exchange.administration.create_key(**fields, actor=exchange.administrator.actor)
     exchange.acted("key.create", key.id)
     return exchange.answer({**await _shown_one(exchange, key), "key": raw}, 201)
 
@@ -49,14 +49,14 @@ async def update_key(exchange: Exchange) -> Response:
     if "tenant" in changes:
         _check_move(exchange.administrator, changes["tenant"])
     if changes:
-        key = await exchange.administration.update_key(key.id, **changes)
+        key = await exchange.administration.update_key(key.id, actor=exchange.administrator.actor, **changes)
         exchange.acted("key.update", key.id)
     return exchange.answer(await _shown_one(exchange, key))
 
 
 async def revoke_key(exchange: Exchange) -> Response:
     exchange.query()
-    key = await exchange.administration.revoke_key((await realm.reachable_key(exchange)).id)
+    key = await exchange.administration.revoke_key((await realm.reachable_key(exchange)).id, actor=exchange.administrator.actor)
     exchange.acted("key.revoke", key.id)
     return exchange.answer(await _shown_one(exchange, key))
 
@@ -68,7 +68,7 @@ async def rotate_key(exchange: Exchange) -> Response:
     if isinstance(grace, bool) or not isinstance(grace, int | float) or not 0 <= grace <= MAX_GRACE:
         raise InvalidRequest(f"grace_seconds must be a number between 0 and {MAX_GRACE}", param="grace_seconds")
     key = await realm.reachable_key(exchange)
-    raw, key = await exchange.administration.rotate_key(key.id, grace=grace)
+    raw, key = await exchange.administration.rotate_key(key.id, grace=grace, actor=exchange.administrator.actor)
     exchange.acted("key.rotate", key.id)
     return exchange.answer({**await _shown_one(exchange, key), "key": raw})
 

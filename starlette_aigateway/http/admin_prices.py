@@ -36,7 +36,7 @@ async def put_price(exchange: Exchange) -> Response:
     if "price" not in body:
         raise InvalidRequest("price is required: an object with input and output, or null to remove the price", param="price")
     price = _price(body["price"])
-    await exchange.administration.set_price(model, price, provider=provider)
+    await exchange.administration.set_price(model, price, provider=provider, actor=exchange.administrator.actor)
     exchange.acted("price.set", model if provider is None else f"{provider}/{model}")
     return exchange.answer(_shown(provider, model, price))
 

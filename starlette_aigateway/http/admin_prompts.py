@@ -54,7 +54,9 @@ async def _save(exchange: Exchange, name: Any, body: dict[str, Any], tenant: str
     labels = body.get("labels", [])
     if not isinstance(labels, list):
         raise InvalidRequest("labels must be a list of texts", param="labels")
-    prompt = await exchange.administration.save_prompt(name, body["messages"], settings=body.get("settings"), labels=labels, tenant=tenant)
+    prompt = await exchange.administration.save_prompt(
+        name, body["messages"], settings=body.get("settings"), labels=labels, tenant=tenant, actor=exchange.administrator.actor
+    )
     exchange.acted("prompt.save", f"{prompt.name}@{prompt.version}")
     return exchange.answer(shapes.prompt(prompt), 201)
 
@@ -90,7 +92,9 @@ async def activate_prompt(exchange: Exchange) -> Response:
     versions = await exchange.administration.prompt_versions(name, tenant=tenant)
     if versions[0].tenant != tenant:  # a tenant sees shared prompts by name, and their labels are not its own to move
         raise _no_prompt(name)
-    prompt = await exchange.administration.activate_prompt(name, body["version"], label=label, tenant=tenant)
+    prompt = await exchange.administration.activate_prompt(
+        name, body["version"], label=label, tenant=tenant, actor=exchange.administrator.actor
+    )
     exchange.acted("prompt.activate", f"{prompt.name}@{prompt.version}")
     return exchange.answer(shapes.prompt(prompt))
 

@@ -42,7 +42,7 @@ async def get_tenant(exchange: Exchange) -> Response:
 async def put_tenant(exchange: Exchange) -> Response:
     _check_may_change(exchange)
     limits = key_policy.tenant_changes(await exchange.json())
-    tenant = await exchange.administration.save_tenant(Tenant(exchange.path["id"], **limits))
+    tenant = await exchange.administration.save_tenant(Tenant(exchange.path["id"], **limits), actor=exchange.administrator.actor)
     exchange.acted("tenant.save", tenant.id)
     return await _answer(exchange, tenant)
 
@@ -50,7 +50,7 @@ async def put_tenant(exchange: Exchange) -> Response:
 async def update_tenant(exchange: Exchange) -> Response:
     _check_may_change(exchange)
     limits = key_policy.tenant_changes(await exchange.json())
-    tenant = await exchange.administration.update_tenant(exchange.path["id"], **limits)
+    tenant = await exchange.administration.update_tenant(exchange.path["id"], actor=exchange.administrator.actor, **limits)
     if limits:
         exchange.acted("tenant.update", tenant.id)
     return await _answer(exchange, tenant)

@@ -55,6 +55,9 @@ MEANING = {
 }
 
 PARAMETERS: dict[str, tuple[str, Schema]] = {
+    "actor": ("who did it", {"type": "string"}),
+    "action": ("what was done, such as key.create", {"type": "string"}),
+    "subject": ("the id of what it was done to", {"type": "string"}),
     "tenant": ("what belongs to this tenant", {"type": "string"}),
     "limit": (f"items per page, at most {MAX_PAGE}", {"type": "integer", "minimum": 1, "maximum": MAX_PAGE, "default": 100}),
     "cursor": ("`next_cursor` of an earlier page", {"type": "string"}),

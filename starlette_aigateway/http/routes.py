@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from starlette.responses import Response
 
-from . import admin_credits, admin_keys, admin_prices, admin_prompts, admin_tenants, calls, health, me, models, openapi, usage
+from . import admin_audit, admin_credits, admin_keys, admin_prices, admin_prompts, admin_tenants, calls, health, me, models, openapi, usage
 from .exchange import Exchange
 from .router import Route
 
@@ -89,6 +89,10 @@ ROUTES: tuple[Route, ...] = (
     ),
     Route("GET", "/credits/{id}", "admin", admin_credits.get_credit, "One of them", answer="Credit"),
     Route("DELETE", "/credits/{id}", "admin", admin_credits.end_credit, "Ends a credit before its time", answer="Credit", errors=(403,)),
+    Route(
+        "GET", "/audit", "admin", admin_audit.list_actions, "What administrators did, newest first",
+        answer="AdminActionList", query=(*admin_audit.FILTERS, *PAGED),
+    ),
     Route(
         "GET", "/usage", "caller_or_admin", usage.usage, "Totals, groups and records: all for an admin, a caller's own",
         answer="UsageReport", query=(*usage.FILTERS, "group_by", *PAGED, "format"), errors=(400, 403, 404), csv=True,

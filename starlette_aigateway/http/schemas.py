@@ -214,6 +214,7 @@ def _accounts() -> dict[str, Schema]:
         "Tenant": closed({"id": ID, **limits_out(), "budgets": array(ref("Budget"))}),
         "TenantList": page_of("Tenant"),
         **_credits(),
+        **_audit(),
     }
 
 
@@ -297,6 +298,15 @@ def _prompts() -> dict[str, Schema]:
         "Rendering": closed({"variables": ANYTHING, "version": maybe(version), "label": maybe(TEXT)}, ()),
         "Rendered": closed({"name": ID, "version": version, "messages": array(ref("PromptMessage")), "settings": settings}),
     }
+
+
+def _audit() -> dict[str, Schema]:
+    told: Schema = {
+        **ANYTHING,
+        "description": "the settings that were given; `also` names what is not told: metadata, notes, texts of prompts",
+    }
+    action = {"id": TEXT, "created_at": MOMENT, "actor": TEXT, "action": TEXT, "subject": TEXT, "tenant": maybe(TEXT), "details": told}
+    return {"AdminAction": closed(action), "AdminActionList": page_of("AdminAction")}
 
 
 def _usage() -> dict[str, Schema]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from .. import money
-from ..accounts import Budget, Credit, StoredPrompt, UsageRecord, UsageReport, UsageTotals
+from ..accounts import AdminAction, Budget, Credit, StoredPrompt, UsageRecord, UsageReport, UsageTotals
 from ..errors import AIGatewayError
 from ..policy.prompts import variables
 from ..prices import Price, price_texts
@@ -205,6 +205,18 @@ def credit(value: Credit) -> dict[str, Any]:
         "ended_at": None if value.ended_at is None else rfc3339(utc(value.ended_at)),
         "actor": value.actor,
         "note": value.note,
+    }
+
+
+def admin_action(value: AdminAction) -> dict[str, Any]:
+    return {
+        "id": value.id,
+        "created_at": rfc3339(utc(value.created_at)),
+        "actor": value.actor,
+        "action": value.action,
+        "subject": value.subject,
+        "tenant": value.tenant,
+        "details": value.details,
     }
 
 

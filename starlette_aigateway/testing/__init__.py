@@ -4,6 +4,7 @@ A contract suite is a class whose tests take the store from a fixture that a sub
 your own is held to what the gateway relies on. It needs pytest with anyio's plugin: mark the subclass with `pytest.mark.anyio`.
 """
 
+from .audit import AuditStoreContract
 from .cache import ResponseCacheContract, SharedResponseCacheContract
 from .clock import FakeClock
 from .idempotency import IdempotencyContract
@@ -18,6 +19,7 @@ from .windows import LimitsContract, WindowsContract
 
 __all__ = [
     "After",
+    "AuditStoreContract",
     "Die",
     "FakeClock",
     "Hang",

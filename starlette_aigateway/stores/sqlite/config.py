@@ -88,6 +88,21 @@ CREATE TABLE labels (
     FOREIGN KEY (tenant, name, version) REFERENCES prompts (tenant, name, version)
 ) WITHOUT ROWID
 """,
+    """
+CREATE TABLE admin_actions (
+    id TEXT PRIMARY KEY,
+    created_at REAL NOT NULL,
+    actor TEXT NOT NULL,
+    action TEXT NOT NULL,
+    subject TEXT NOT NULL,
+    tenant TEXT,
+    details TEXT NOT NULL
+) WITHOUT ROWID;
+CREATE INDEX actions_of_tenant ON admin_actions (tenant, id) WHERE tenant IS NOT NULL;
+CREATE INDEX actions_on_subject ON admin_actions (subject, id);
+CREATE TRIGGER actions_stay BEFORE UPDATE ON admin_actions BEGIN SELECT RAISE(ABORT, 'admin_actions is append-only'); END;
+CREATE TRIGGER actions_remain BEFORE DELETE ON admin_actions BEGIN SELECT RAISE(ABORT, 'admin_actions is append-only'); END
+""",
 )
 """The empty string stands for `any provider` in `prices` and for `shared by all tenants` in `prompts`: neither is an id."""
 
