@@ -12,7 +12,7 @@ from msgspec.structs import replace
 
 from .accounts import Hold, Settlement
 from .calls import Call, Offer, PricedTarget
-from .errors import AIGatewayError, ProviderError, ProviderTimeout, StorageUnavailable
+from .errors import AIGatewayError, ProviderError, ProviderTimeout
 from .policy import estimate, metering
 from .protocols import Clock, Ledger, ProviderAnswer
 from .streams import Meter, Relay
@@ -107,6 +107,20 @@ class Attempt:
         """The provider sent something: its next silence may last as long again, within the call's own deadline."""
         self._scope.deadline = anyio.current_time() + min(self.timeout, self.call.deadline - now)
 
+    def broken_off(self, error: ProviderError | None) -> Settlement | None:
+        """For an answer that was not read to its end: the provider failed, or, for None, the client left. None: nothing was charged.
+        Where the whole bill had come by then, that is booked."""
+        price, latency_ms = self.priced.price, self.latency_ms
+        unknown = error is None or error.billed == "unknown"
+        meter = self.meter
+        if unknown and meter is not None and meter.final and self.call.request.n in (None, 1):
+            usage = metering.plausible(meter.usage)
+            if usage is not None:
+                return self.whole(usage, meter.output_bytes, meter.model)
+        if error is None:
+            return metering.abandoned(self.hold, price, received=self.received, latency_ms=latency_ms)
+        return metering.failed(self.hold, price, error, received=self.received, latency_ms=latency_ms)
+
     def whole(self, usage: Usage | None, output_bytes: Callable[[], int], model: str | None) -> Settlement:
         """For an answer that came whole, with the `usage` that was reported, if one was."""
         return metering.completed(
@@ -124,11 +138,12 @@ class Pulse:
     """Keeps a running stream alive: its lease, renewed when a third of it has passed, and the deadline of its silence. Looked at for
     every chunk, so it does something once a second at the most."""
 
-    def __init__(self, ledger: Ledger, clock: Clock, attempt: Attempt, length: float) -> None:
+    def __init__(self, ledger: Ledger, clock: Clock, attempt: Attempt, timeouts: Timeouts) -> None:
         self._ledger = ledger
         self._clock = clock
         self._attempt = attempt
-        self._length = length
+        self._patience = timeouts.storage
+        self._length = length = lease(attempt.call, attempt.priced, timeouts)
         self.interval = min(1.0, length / 3, attempt.timeout / 4)
         self._beat = self._renewed = monotonic()
 
@@ -146,9 +161,12 @@ class Pulse:
     async def _renew(self) -> None:
         now = self._clock()
         try:
-            await self._ledger.renew(self._attempt.hold.id, now + self._length, now=now)
-        except StorageUnavailable:
-            log.warning("the lease of a running stream could not be renewed; it is tried again")
+            with anyio.move_on_after(self._patience):
+                await self._ledger.renew(self._attempt.hold.id, now + self._length, now=now)
+                return
+        except Exception as error:  # noqa: BLE001  # whatever a ledger does, it must not cut off the stream that runs
+            log.debug("a lease could not be renewed: %s", type(error).__name__)
+        log.warning("the lease of a running stream could not be renewed; it is tried again")
 
     async def wait_for(self, relay: Relay) -> None:
         """Until a slow reader has taken something, or has left: that is no silence of the provider's."""

@@ -69,7 +69,7 @@ class Attempts:
     async def stream(self, call: Call, offer: Offer, job: Job[Done], relay: Relay) -> Done:
         async def run(attempt: Attempt) -> Done:
             meter = attempt.meter = relay.begin(attempt.priced.target.provider, attempt.lowered_to)
-            pulse = Pulse(self._ledger, self._clock, attempt, lease(call, attempt.priced, self._timeouts))
+            pulse = Pulse(self._ledger, self._clock, attempt, self._timeouts)
             async with attempt.answer() as answer:
                 async for item in answer.events():
                     relay.pass_on(item, meter.see(item))
@@ -161,8 +161,9 @@ class Attempts:
             await self._holds.release(job, hold)
 
     async def _abandoned(self, job: Job[Done], attempt: Attempt) -> None:
-        settlement = metering.abandoned(attempt.hold, attempt.priced.price, received=attempt.received, latency_ms=attempt.latency_ms)
-        await self._settle(job, attempt, attempt.settlement or settlement)
+        settlement = attempt.settlement or attempt.broken_off(None)
+        assert settlement is not None, "what was sent is charged"
+        await self._settle(job, attempt, settlement)
 
     async def _begin(
         self, call: Call, offer: Offer, job: Job[Done], target: Target, failures: Sequence[Failure], replaces: Hold | None
@@ -207,7 +208,7 @@ class Attempts:
                 status=error.status,
             )
         )
-        settlement = metering.failed(attempt.hold, attempt.priced.price, error, received=attempt.received, latency_ms=attempt.latency_ms)
+        settlement = attempt.broken_off(error)
         if settlement is None:
             return attempt.hold
         await self._settle(job, attempt, settlement)

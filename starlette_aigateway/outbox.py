@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from time import monotonic
@@ -44,6 +45,7 @@ class Outbox:
         self._emit = emit
         self._patience = patience
         self._waiting: dict[str, End] = {}
+        self._pid = os.getpid()
         self._alarm: Wakeup | None = None
         self._passing = False
         self._not_before = -math.inf
@@ -69,6 +71,7 @@ class Outbox:
 
     def put(self, hold_id: str, end: End) -> None:
         """The first end that is put stays: a hold resolves once."""
+        self._forget_parent()
         self._waiting.setdefault(hold_id, end)
         if self._last_words is None:
             self._last_words = weakref.finalize(self, lament, self._waiting)
@@ -111,6 +114,7 @@ class Outbox:
 
     async def pass_by(self) -> None:
         """On a bare mount: one pass by whoever comes, not before the pause after the last one is over."""
+        self._forget_parent()
         if self._alarm is not None or self._passing or monotonic() < self._not_before:
             return
         self._passing = True
@@ -123,6 +127,7 @@ class Outbox:
 
     async def work(self) -> None:
         """With a lifespan: delivers for as long as it runs; one worker at a time."""
+        self._forget_parent()
         if self._alarm is not None:
             return
         try:
@@ -136,6 +141,13 @@ class Outbox:
                     await anyio.sleep(self._pause)
         finally:
             self._alarm = None
+
+    def _forget_parent(self) -> None:
+        """In a forked child: what waits is the parent's to tell, whose worker stayed behind."""
+        if self._pid != os.getpid():
+            self._pid = os.getpid()
+            self._waiting.clear()
+            self._alarm, self._passing = None, False
 
     def _next_pause(self) -> None:
         self._pause = min(2 * self._pause, LONGEST_PAUSE) if self._waiting else FIRST_PAUSE

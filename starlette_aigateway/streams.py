@@ -26,11 +26,13 @@ BUFFERED_ITEMS = 16
 
 
 class Meter:
-    """What has come of one attempt's stream. Items are kept, up to `keep` bytes, for the cache and for estimates."""
+    """What has come of one attempt's stream. Items are kept, up to `keep` bytes, for the cache and for estimates. `final`: the `usage` came
+    with the end of the answer or after it, so it is the whole bill (of a single choice)."""
 
     def __init__(self, keep: int) -> None:
         self.items: list[StreamItem] = []
         self.usage: Usage | None = None
+        self.final = False
         self.finish_reason: str | None = None
         self.model: str | None = None
         self.has_content = False
@@ -44,8 +46,10 @@ class Meter:
             size = len(item.data)
         else:
             size = len(item.native.body) if item.native is not None else openai_chat.output_bytes((item,))
-            self.usage = item.usage or self.usage
             self.finish_reason = item.finish_reason or self.finish_reason
+            if item.usage is not None:
+                self.usage = item.usage
+                self.final = self.finish_reason is not None
             self.model = item.model or self.model
         if size <= self._room:
             self._room -= size

@@ -100,16 +100,26 @@ class Ticking:
         yield Chunk(finish_reason="stop")
 
 
-async def test_the_lease_of_a_running_stream_is_renewed_also_when_the_ledger_is_away_once(
-    ledger: FaultyLedger, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("error", [StorageUnavailable("away"), OSError("disk"), RuntimeError("bug")])
+async def test_the_lease_of_a_running_stream_is_renewed_also_when_the_ledger_fails_once(
+    ledger: FaultyLedger, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
-    monkeypatch.setattr("starlette_aigateway.attempts.lease", lambda *_: 0.0)
+    monkeypatch.setattr("starlette_aigateway.attempt.lease", lambda *_: 0.0)
     async with gateway_over(ledger, Ticking(5)) as gateway:
-        ledger.failing = {"renew": 1}
+        ledger.failing, ledger.error = {"renew": 1}, error
         async with gateway.stream(WHO, ask()) as stream:
             assert len([chunk async for chunk in stream if chunk.text]) == 5
         assert ledger.asked.count("renew") >= 5
         assert (await outcomes(gateway))[-1] in ("estimated", "adjusted")
+
+
+async def test_a_ledger_that_hangs_does_not_hold_up_a_running_stream(ledger: FaultyLedger, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("starlette_aigateway.attempt.lease", lambda *_: 0.0)
+    async with gateway_over(ledger, Ticking(3), timeouts=Timeouts(storage=0.01)) as gateway:
+        ledger.hanging = {"renew"}
+        with anyio.fail_after(5):
+            await read(gateway, stream=True)
+        assert await outcomes(gateway) == ["estimated"]
 
 
 async def test_a_reader_that_is_slow_holds_the_provider_back_and_loses_nothing(ledger: FaultyLedger) -> None:

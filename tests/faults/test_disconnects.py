@@ -18,7 +18,7 @@ from starlette_aigateway import (
     UsageRecord,
 )
 
-from .kit import PRICES, WHO, FaultyLedger, Visitor, ask, gateway_over, held, outcomes, owned_by, until_booked, who_it_says
+from .kit import PRICES, WHO, FaultyLedger, Visitor, ask, gateway_over, held, outcomes, owned_by, read, until_booked, who_it_says
 
 pytestmark = pytest.mark.anyio
 
@@ -122,6 +122,50 @@ async def test_a_call_that_is_left_before_anything_came_is_closed_at_once_and_it
         record = await only_record(gateway)
     assert (record.outcome, record.cost) == ("ambiguous", full)
     assert visitor.sent == []
+
+
+class Ended:
+    """Says how much it took, and then does not close the stream. Where it says that before the end of the answer, there may be more."""
+
+    name = "ended"
+
+    def __init__(self, *, early: bool = False) -> None:
+        self.arrived = anyio.Event()
+        self._early = early
+
+    async def complete(self, request: CompletionRequest) -> Completion:
+        raise AssertionError("only streamed")
+
+    async def stream(self, request: CompletionRequest) -> AsyncIterator[Chunk]:
+        yield Chunk(delta={"content": "all of it"})
+        if self._early:
+            yield Chunk(usage=USAGE)
+            yield Chunk(finish_reason="stop")
+        else:
+            yield Chunk(finish_reason="stop")
+            yield Chunk(usage=USAGE)
+        self.arrived.set()
+        await anyio.sleep_forever()
+
+
+@pytest.mark.parametrize(("early", "outcome"), [(False, "completed"), (True, "estimated")])
+async def test_a_stream_that_is_left_after_its_whole_bill_has_come_is_booked_by_it(ledger: FaultyLedger, early: bool, outcome: str) -> None:
+    ended = Ended(early=early)
+    async with gateway_for(ledger, ended, on_disconnect="cancel") as gateway:
+        async with gateway.stream(WHO, ask()) as stream:
+            await anext(stream)
+            await ended.arrived.wait()
+        record = await only_record(gateway)
+        assert record.outcome == outcome
+        assert (record.cost == EXACT) == (not early)
+
+
+async def test_a_stream_that_breaks_after_its_whole_bill_has_come_is_booked_by_it(ledger: FaultyLedger) -> None:
+    async with gateway_for(ledger, Ended(), timeouts=Timeouts(read=0.1)) as gateway:
+        with pytest.raises(ProviderError):
+            await read(gateway, stream=True)
+        record = await only_record(gateway)
+        assert (record.outcome, record.cost) == ("completed", EXACT)
 
 
 async def test_in_process_a_cancelled_call_is_closed_at_once_as_well(ledger: FaultyLedger) -> None:

@@ -191,6 +191,19 @@ def test_a_process_with_a_bare_mount_tells_its_log_when_it_ends(tmp_path: Path) 
 
 
 @pytest.mark.anyio
+async def test_a_forked_child_leaves_what_waits_to_its_parent_and_does_its_own(ledger: FaultyLedger) -> None:
+    async with gateway_over(ledger, ScriptedProvider("one", "two")) as gateway:
+        ledger.failing = {"settle": 1000}
+        await gateway.complete(WHO, ask("1"))
+        ledger.failing = {}
+        gateway._outbox._pid = -1  # as a child finds it
+        gateway._outbox.put("use_child", None)
+        assert waiting(gateway) == 1
+        await gateway.complete(WHO, ask("2"))
+        assert waiting(gateway) == 0, "no worker of the parent's is waited for"
+
+
+@pytest.mark.anyio
 async def test_where_too_much_waits_no_new_hold_is_granted_until_the_ledger_took_it(
     ledger: FaultyLedger, monkeypatch: pytest.MonkeyPatch
 ) -> None:
