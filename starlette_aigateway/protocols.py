@@ -122,7 +122,10 @@ class PromptStore(Protocol):
 
 
 class Ledger(Protocol):
-    """Money. Each verb is one transaction over all workers of the host, applied once however often it is called (I1 to I5)."""
+    """Money. Each verb is one transaction over all workers of the host, applied once however often it is called (I1 to I5).
+
+    What one event loop asks for is carried out in that order, also where the wait for it is cancelled: a release by its id gives back a
+    hold whose grant nobody learned of."""
 
     async def reserve(self, request: HoldRequest, *, now: float) -> Hold:
         """Grants a hold in all scopes or in none. Raises `SpendCapExceeded`, `SpendCapHeld`, `TooManyParallelRequests`; a request that

@@ -388,6 +388,15 @@ class ResolveContract:
         assert (totals.calls, totals.cost, totals.input_tokens) == (1, 30, 10)
         await assert_clean(ledger)
 
+    async def test_whoever_was_cancelled_before_it_learned_of_its_hold_gives_it_back_by_its_id(self, ledger: Ledger) -> None:
+        with anyio.CancelScope() as scope:
+            scope.cancel()
+            await ledger.reserve(hold_request("a", 100), now=NOON)
+        await ledger.release("use_a", now=NOON)
+        await ledger.ping()
+        assert await money(ledger) == (0, 0)
+        await assert_clean(ledger)
+
     async def test_a_late_release_of_an_expired_hold_gives_all_back(self, ledger: Ledger) -> None:
         await ledger.reserve(hold_request("a", 100), now=NOON)
         await ledger.expire(now=NOON + LEASE)
