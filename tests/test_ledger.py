@@ -16,12 +16,15 @@ from starlette_aigateway.errors import ConfigurationError, InvalidArgument, Stor
 from starlette_aigateway.stores.sqlite.connection import connect
 from starlette_aigateway.stores.sqlite.ledger import SQLiteLedger
 from starlette_aigateway.stores.sqlite.ledger_batch import BatchWriter
-from starlette_aigateway.stores.sqlite.ledger_ops import Expire, Settle
-from starlette_aigateway.stores.sqlite.ledger_schema import SCHEMA, Prices
+from starlette_aigateway.stores.sqlite.ledger_load import LOAD, Touched
+from starlette_aigateway.stores.sqlite.ledger_ops import Expire, Reserve, Settle
+from starlette_aigateway.stores.sqlite.ledger_schema import SCHEMA, Prices, as_json
 from starlette_aigateway.stores.sqlite.ledger_usage import UsageReader
 from starlette_aigateway.testing.ledger import LedgerContract
 from starlette_aigateway.testing.ledger_kit import (
     ACME,
+    ALICE,
+    DAY,
     LEASE,
     NOON,
     assert_clean,
@@ -339,3 +342,36 @@ async def test_a_settlement_that_arrives_with_the_sweep_is_exact_and_needs_no_ad
     assert isinstance(record, UsageRecord)
     assert (record.outcome, record.cost) == ("completed", 30)
     await assert_clean(ledger)
+
+
+async def test_a_ledger_of_the_first_release_is_brought_up_to_date_with_its_open_holds(path: Path) -> None:
+    """Entries had no price then, and holds neither caps nor marks."""
+    connection = connect(path, durability="OFF", schema=SCHEMA[:1])
+    facts = ["use_old", "req_old", 1, [ALICE], "alice", None, None, "openai", "gpt-4o-mini", '["0.0001","0.0002","0.0001","0.0001","0"]']
+    facts += [None, None, 100, "2026-03-31", NOON, NOON + LEASE, False]
+    with connection:
+        connection.execute("INSERT INTO holds VALUES (?, ?, 0, ?)", ("use_old", NOON + LEASE, as_json(facts)))
+        limits = as_json([(ALICE, 500, None, None)])
+        connection.execute("INSERT INTO entries VALUES (1, 'use_old', 'hold', ?, 100, '2026-03-31', ?)", (NOON, limits))
+        for period, open_holds in (("2026-03-31", 0), ("2026-03", 0), ("", 1)):
+            connection.execute("INSERT INTO balances VALUES (?, ?, 0, 100, ?)", (ALICE, period, open_holds))
+        connection.execute(f"UPDATE meta SET value = {int(NOON // DAY)} WHERE name = 'day'")
+    connection.close()
+    async with SQLiteLedger(path, durability="OFF") as ledger:
+        await assert_clean(ledger)
+        record = await ledger.settle("use_old", completed(40), now=NOON)
+        assert record is not None
+        assert (record.cost, record.price, record.would_refuse) == (40, Price("0.0001", "0.0002"), None)
+        assert await money(ledger) == (40, 0)
+        await ledger.reserve(hold_request("new", 100, caps=Caps(day=140)), now=NOON)
+        await assert_clean(ledger)
+
+
+@pytest.mark.parametrize("table", ["balances", "holds", "entries", "usage", "caps", "credits"])
+async def test_a_batch_reads_no_table_from_end_to_end(path: Path, ledger: SQLiteLedger, table: str) -> None:
+    await eventful(ledger)
+    connection = sqlite3.connect(path)
+    touched = Touched([Reserve(hold_request("x"), None, NOON), Settle("use_open", completed(1), NOON)], 0)
+    plan = [row[3] for row in connection.execute(f"EXPLAIN QUERY PLAN {LOAD}", touched.parameters)]
+    connection.close()
+    assert not [step for step in plan if step.startswith(f"SCAN {table}")], plan
