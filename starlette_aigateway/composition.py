@@ -224,6 +224,7 @@ class Composition(Administration):
         """Raises `StorageUnavailable` if a call could not be metered now."""
         await self.ready()
         await self.ledger.ping()
+        self.outbox.admit()
 
     def mint_request_id(self) -> str:
         """A new `req_…`, in the order of time."""

@@ -216,6 +216,8 @@ async def test_where_too_much_waits_no_new_hold_is_granted_until_the_ledger_took
         with pytest.raises(StorageUnavailable) as refused:
             await gateway.complete(WHO, ask("refused"))
         assert refused.value.retry_after is not None
+        with pytest.raises(StorageUnavailable):
+            await gateway.check_ready()
         assert len(provider.calls) == 3
         ledger.failing = {}
         await until_delivered(gateway)
