@@ -11,7 +11,7 @@ from starlette.responses import Response
 from .accounts import Budget, UsageReport
 from .administration import Administration
 from .http.sse import stream_response
-from .pipeline import Pipeline
+from .observing import ToldPipeline
 from .quotes import Quote
 from .streams import AnswerStream
 from .types import Answer, CacheControl, CallOptions, CompletionRequest, Message, Principal, PromptRef
@@ -22,7 +22,7 @@ class Caller:
 
     def __init__(
         self,
-        pipeline: Pipeline,
+        pipeline: ToldPipeline,
         administration: Administration,
         resolve: Callable[[], Awaitable[Principal]],
         mint_request_id: Callable[[], str],

@@ -28,7 +28,7 @@ from .http.origins import Origins
 from .idempotency import Idempotency
 from .lifecycle import Lifecycle
 from .limiter import Limiter
-from .observing import Observers, Tap
+from .observing import Observers, Tap, ToldPipeline
 from .outbox import Outbox
 from .pipeline import Pipeline
 from .policy import keys as key_policy
@@ -174,6 +174,7 @@ class Composition(Administration):
                 ),
             )
         )
+        self.in_process = ToldPipeline(self.pipeline, self.observers)
         self.door = Door(
             authenticate=self.authenticate,
             resolve_principal=resolve_principal,

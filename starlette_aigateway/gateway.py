@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from types import TracebackType
 from typing import Any, Self, Unpack
@@ -17,6 +17,7 @@ from .caller import Caller
 from .composition import Composition
 from .embedded import remove_with, temporary_path
 from .errors import ConfigurationError, InvalidArgument
+from .http.lifespan import Lifespan
 from .quotes import Quote
 from .settings import SettingFields, check_names
 from .streams import AnswerStream
@@ -138,10 +139,7 @@ class AIGateway(Administration):
         it runs it is a `Conflict`, and a key that was used for another call is an `UnprocessableRequest`."""
         options = _options(idempotency_key, timeout, tags, cache)
         principal = await self._principal(who)
-        try:
-            served = await self._composition.pipeline.complete(principal, request, options, self.mint_request_id())
-        finally:
-            await self._tell()
+        served = await self._composition.in_process.complete(principal, request, options, self.mint_request_id())
         return served.answer
 
     @asynccontextmanager
@@ -158,11 +156,8 @@ class AIGateway(Administration):
         """The same as a stream of `Chunk`s; `usage` and `cost_usd` are known after its end."""
         options = _options(idempotency_key, timeout, tags, cache)
         principal = await self._principal(who)
-        try:
-            async with self._composition.pipeline.stream(principal, request, options, self.mint_request_id()) as stream:
-                yield stream
-        finally:
-            await self._tell()
+        async with self._composition.in_process.stream(principal, request, options, self.mint_request_id()) as stream:
+            yield stream
 
     async def quote(
         self,
@@ -189,10 +184,6 @@ class AIGateway(Administration):
             return who
         return await self.authenticate(who)
 
-    async def _tell(self) -> None:
-        if not self._composition.observers.worked:
-            await self._composition.observers.flush()
-
     def mint_request_id(self) -> str:
         """A new `req_…`, in the order of time."""
         return self._composition.mint_request_id()
@@ -205,7 +196,7 @@ class AIGateway(Administration):
         async def known() -> Principal:
             return principal
 
-        return Caller(self._composition.pipeline, self, known, self.mint_request_id)
+        return Caller(self._composition.in_process, self, known, self.mint_request_id)
 
     def lazy_caller(self, connection: HTTPConnection) -> Caller:
         """The gateway as whoever sent this request sees it; who that is, is found out at its first use."""
@@ -214,7 +205,7 @@ class AIGateway(Administration):
             await self.ready()
             return await self._composition.door.principal(connection)
 
-        return Caller(self._composition.pipeline, self, resolved, self.mint_request_id)
+        return Caller(self._composition.in_process, self, resolved, self.mint_request_id)
 
     async def caller(self, scope: Mapping[str, Any] | HTTPConnection) -> Caller:
         """The gateway as whoever sent this request sees it. Raises `AuthenticationError`."""
@@ -226,7 +217,7 @@ class AIGateway(Administration):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
-            await _serve_lifespan(self.lifespan, receive, send)
+            await Lifespan(self.lifespan)(scope, receive, send)
         else:
             await self._composition.http(scope, receive, send)
 
@@ -235,16 +226,3 @@ def _options(idempotency_key: str | None, timeout: float | None, tags: Mapping[s
     return CallOptions(
         idempotency_key=idempotency_key, timeout=timeout, tags=tags if tags is not None else {}, cache=cache or CacheControl()
     )
-
-
-async def _serve_lifespan(lifespan: Callable[[], AbstractAsyncContextManager[None]], receive: Receive, send: Send) -> None:
-    """The ASGI lifespan protocol, for a gateway that is the whole app."""
-    await receive()
-    try:
-        async with lifespan():
-            await send({"type": "lifespan.startup.complete"})
-            await receive()
-    except Exception as error:
-        await send({"type": "lifespan.startup.failed", "message": str(error)})
-        raise
-    await send({"type": "lifespan.shutdown.complete"})

@@ -6,19 +6,22 @@ owner for work that outlives a request. Lifespans may overlap and follow one ano
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import TypeAlias
 
 import anyio
-from anyio.lowlevel import EventLoopToken, current_token
 
 from .background import Background
+from .errors import AIGatewayError, StorageUnavailable
 from .observing import Observers
 from .outbox import Outbox
+from .wakeup import Turn
 
 Start: TypeAlias = Callable[[AsyncExitStack], Awaitable[None]]
+log = logging.getLogger("starlette_aigateway")
 
 
 class Lifecycle:
@@ -34,43 +37,44 @@ class Lifecycle:
         self._pid: int | None = None
         self._open = AsyncExitStack()
         self._lifespans = 0
-        self._locks: dict[EventLoopToken, anyio.Lock] = {}
+        self._turns: dict[int, Turn] = {}
 
     @property
     def started(self) -> bool:
         return self._pid == os.getpid()
 
     async def ensure(self) -> None:
-        """Starts what is not started yet; concurrent callers wait for it. What a failed start raises is raised, and the next caller
-        tries again."""
-        if self._pid == os.getpid():
+        """Starts what is not started yet; concurrent callers wait for it, whichever event loop they are in. What a failed start raises is
+        raised, and the next caller tries again."""
+        if self.started:
             return
-        async with self._lock():
-            if self._pid != os.getpid():
+        async with self._turn():
+            if not self.started:
                 await self._begin()
 
-    def _lock(self) -> anyio.Lock:
-        """One lock for each event loop: a lock cannot be shared between them."""
-        return self._locks.setdefault(current_token(), anyio.Lock())
+    def _turn(self) -> Turn:
+        """Of this process: one that was forked while another thread had its turn would wait for it for ever."""
+        return self._turns.setdefault(os.getpid(), Turn())
 
     async def _begin(self) -> None:
         opened = AsyncExitStack()
         try:
             await self._start(opened)
-        except BaseException:
+        except BaseException as error:
             with anyio.CancelScope(shield=True):
                 await opened.aclose()
-            raise
+            if isinstance(error, AIGatewayError) or not isinstance(error, Exception):
+                raise
+            log.error("the gateway cannot start: %s: %s", type(error).__name__, error)
+            raise StorageUnavailable("the gateway could not start", retry_after=1.0) from error
         if self._pid is not None and self._pid != os.getpid():
             self._lifespans = 0
         self._open, self._pid = opened, os.getpid()
-        self._locks.clear()  # whoever waits has its lock in hand, and nobody asks for one again
 
     @asynccontextmanager
     async def lifespan(self) -> AsyncIterator[None]:
         """Started, and with an owner for background work. The last one to leave closes the stores."""
-        await self.ensure()
-        self._lifespans += 1
+        await self._enter()
         try:
             async with self._background.owner() as group:
                 group.start_soon(self._observers.work)
@@ -80,12 +84,23 @@ class Lifecycle:
                 finally:
                     group.cancel_scope.cancel()
         finally:
+            with anyio.CancelScope(shield=True):
+                await self._leave()
+
+    async def _enter(self) -> None:
+        async with self._turn():
+            if not self.started:
+                await self._begin()
+            self._lifespans += 1
+
+    async def _leave(self) -> None:
+        """Whoever enters meanwhile waits for the end of it and starts anew."""
+        async with self._turn():
             self._lifespans -= 1
             if self._lifespans == 0:
-                with anyio.CancelScope(shield=True):
-                    await self._outbox.finish(self._settle)
-                    await self._observers.flush()
-                    await self._close()
+                await self._outbox.finish(self._settle)
+                await self._observers.flush()
+                await self._close()
 
     async def _close(self) -> None:
         opened, self._open, self._pid = self._open, AsyncExitStack(), None

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from typing import TypeAlias
 
 import anyio
 
+from .calls import Served
 from .events import Event
+from .pipeline import Pipeline
 from .protocols import Observer
-from .wakeup import was_cancelled
+from .streams import AnswerStream
+from .types import CallOptions, CompletionRequest, Principal
+from .wakeup import Wakeup, ring, wakeup, was_cancelled
 
 QUEUE = 1024
 OBSERVER_SECONDS = 5.0
@@ -26,7 +31,7 @@ class Observers:
         self._observers = tuple(observers)
         self._tap = tap
         self._queue: deque[Event] = deque(maxlen=QUEUE)
-        self._wake: anyio.Event | None = None
+        self._workers: dict[object, Wakeup] = {}
         self._lost = False
 
     def emit(self, event: Event) -> None:
@@ -39,31 +44,66 @@ class Observers:
             self._lost = True
             log.warning("observers are slower than calls: events are being dropped")
         self._queue.append(event)
-        if self._wake is not None:
-            self._wake.set()
+        for waiting in [*self._workers.values()]:
+            ring(waiting)
 
     async def work(self) -> None:
-        """Tells the observers for as long as it runs; one worker at a time."""
-        if not self._observers or self._wake is not None:
+        """Tells the observers for as long as it runs. Each lifespan has a worker, so that one is left when another lifespan ends."""
+        if not self._observers:
             return
+        mine = object()
         try:
             while True:
-                self._wake = anyio.Event()
+                waiting = self._workers[mine] = wakeup()
                 await self.flush()
-                await self._wake.wait()
+                await waiting.wait()
         finally:
-            self._wake = None
+            self._workers.pop(mine, None)
 
     @property
     def worked(self) -> bool:
         """Whether a worker tells the observers; without one, whoever emitted has to `flush`."""
-        return self._wake is not None
+        return bool(self._workers)
 
     async def flush(self) -> None:
-        while self._queue:
-            event = self._queue.popleft()
+        while True:
+            try:
+                event = self._queue.popleft()
+            except IndexError:  # also where another thread was faster
+                return
             for observer in self._observers:
                 await _tell(observer, event)
+
+    async def tell(self) -> None:
+        """For whoever emitted, at the end: tells the observers, where nobody else does."""
+        if self._queue and not self._workers:
+            with anyio.move_on_after(OBSERVER_SECONDS, shield=True):
+                await self.flush()
+
+
+class ToldPipeline:
+    """The pipeline for calls in process: at the end of each, observers are told of it. Over HTTP that is done after the answer."""
+
+    def __init__(self, pipeline: Pipeline, observers: Observers) -> None:
+        self._pipeline = pipeline
+        self._observers = observers
+        self.quotes = pipeline.quotes
+
+    async def complete(self, principal: Principal, request: CompletionRequest, options: CallOptions, request_id: str) -> Served:
+        try:
+            return await self._pipeline.complete(principal, request, options, request_id)
+        finally:
+            await self._observers.tell()
+
+    @asynccontextmanager
+    async def stream(
+        self, principal: Principal, request: CompletionRequest, options: CallOptions, request_id: str
+    ) -> AsyncIterator[AnswerStream]:
+        try:
+            async with self._pipeline.stream(principal, request, options, request_id) as stream:
+                yield stream
+        finally:
+            await self._observers.tell()
 
 
 async def _tell(observer: Observer, event: Event) -> None:

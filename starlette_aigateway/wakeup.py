@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 from collections.abc import Callable, Sequence
+from types import TracebackType
 from typing import Protocol, TypeAlias
 
 import anyio
@@ -104,6 +106,35 @@ class Latch:
             await waiting.wait()
 
 
+class Turn:
+    """`async with turn:` one at a time in this process, whichever event loop a task is of. anyio's lock belongs to one loop."""
+
+    def __init__(self) -> None:
+        self._guard = threading.Lock()
+        self._taken = False
+        self._waiting: list[Wakeup] = []
+
+    async def __aenter__(self) -> None:
+        while (waiting := self._take_or_queue()) is not None:
+            await waiting.wait()
+
+    def _take_or_queue(self) -> Wakeup | None:
+        with self._guard:
+            if not self._taken:
+                self._taken = True
+                return None
+            waiting = wakeup()
+            self._waiting.append(waiting)
+            return waiting
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        """Wakes all who wait, of whom the first takes the next turn: one that was cancelled meanwhile keeps it from nobody."""
+        with self._guard:
+            self._taken = False
+            waiting, self._waiting = self._waiting, []
+        ring_all(waiting)
+
+
 def was_cancelled() -> bool:
     """Whether a cancellation that has just been caught was meant for this task. On asyncio a task also sees one when something that it
     waits for was cancelled; trio knows no such thing."""
@@ -112,6 +143,21 @@ def was_cancelled() -> bool:
     except RuntimeError:  # not asyncio
         return True
     return task is not None and task.cancelling() > 0
+
+
+def ring(one: Wakeup) -> None:
+    """Wakes one waiter, from a task of its own event loop or of another."""
+    if _current_loop() is one.loop:
+        one.ring()
+    else:
+        _ring_in_loop([one])
+
+
+def _current_loop() -> object:
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:  # not asyncio
+        return current_token().native_token
 
 
 def ring_all(wakeups: Sequence[Wakeup]) -> None:

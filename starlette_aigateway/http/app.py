@@ -66,8 +66,7 @@ class HTTPApp:
         except ClientLeft:
             return
         await response(scope, receive, send)
-        if not self._observers.worked:
-            await self._observers.flush()
+        await self._observers.tell()
 
     async def _answer(self, exchange: Exchange, scope: Scope) -> Response:
         try:
@@ -125,9 +124,19 @@ def route_path(scope: Scope) -> str:
     """The path below the mount (ASGI: `path` holds `root_path`, for servers and mounts that follow the specification)."""
     path: str = scope["path"]
     root: str = scope.get("root_path", "")
+    if (below := below_root(path, root)) is not None:
+        return below
+    of_server = scope.get("app_root_path")  # what a mount of Starlette was told, before it added itself
+    if of_server and root.startswith(of_server) and (below := below_root(path, root[len(of_server) :])) is not None:
+        return below  # a server that leaves its root path out of `path` (hypercorn)
+    return path
+
+
+def below_root(path: str, root: str) -> str | None:
+    """`path` below `root`, where it lies there."""
     if root and path.startswith(root) and path[len(root) : len(root) + 1] in ("", "/"):
         return path[len(root) :] or "/"
-    return path
+    return None
 
 
 def method_not_allowed(methods: list[str], exchange: Exchange) -> Response:

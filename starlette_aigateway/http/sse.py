@@ -11,6 +11,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from ..errors import AIGatewayError
+from ..observing import ToldPipeline
 from ..pipeline import Pipeline
 from ..streams import AnswerStream
 from ..types import CallOptions, CompletionRequest, Principal, RawEvents, StreamItem
@@ -145,7 +146,7 @@ def stream_headers(stream: AnswerStream) -> dict[str, str]:
 
 
 def stream_response(
-    pipeline: Pipeline,
+    pipeline: Pipeline | ToldPipeline,
     principal: Principal,
     request: CompletionRequest,
     options: CallOptions,
