@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
-from typing import Any, TypeAlias
+from typing import Any
 
 from starlette.requests import HTTPConnection
 from starlette.types import Message, Receive, Scope, Send
 
 from .errors import AIGatewayError, ConfigurationError
 from .gateway import AIGateway
+from .http.app import below_root, route_path
 from .http.errors import error_response
-
-AnyASGIApp: TypeAlias = Callable[[Any, Any, Any], Awaitable[None]]
-"""Each framework types scope, receive and send in its own way (Quart by typed dictionaries); all of them mean ASGI."""
+from .http.lifespan import AnyASGIApp, Lifespan
 
 
 class AIGatewayMiddleware:
@@ -37,7 +35,7 @@ class AIGatewayMiddleware:
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] == "lifespan":
-            await Lifespan(self.app, self.gateway)(scope, receive, send)
+            await Lifespan(self.gateway.lifespan, self.app)(scope, receive, send)
         elif scope["type"] not in ("http", "websocket"):
             await self.app(scope, receive, send)
         elif self._path is not None and scope["type"] == "http" and (inner := self._inside(scope, self._path)) is not None:
@@ -48,13 +46,11 @@ class AIGatewayMiddleware:
 
     def _inside(self, scope: Scope, path: str) -> Scope | None:
         """The scope of a request below `path`, which then counts as its root. None: it is the host's."""
-        root: str = scope.get("root_path", "")
-        whole: str = scope["path"]
-        below = whole[len(root) :] if root and whole.startswith(root + "/") else whole
-        if below != path and not below.startswith(path + "/"):
+        inside = below_root(route_path(scope), path)
+        if inside is None:
             return None
-        mounted = whole[: len(whole) - len(below)] + path
-        return {**scope, "root_path": mounted}
+        mounted = scope.get("root_path", "").rstrip("/") + path
+        return {**scope, "root_path": mounted, "path": mounted + inside}
 
     async def _host(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -63,8 +59,10 @@ class AIGatewayMiddleware:
         answer = HeldAnswer(send)
         try:
             await self.app(scope, receive, answer.send)
-        except AIGatewayError as error:
-            if answer.begun:
+        except Exception as raised:
+            error = domain_error(raised)
+            if error is None or answer.begun:
+                await answer.let_go()
                 raise
             error.request_id = error.request_id or self.gateway.mint_request_id()
             response = error_response(error)
@@ -75,6 +73,14 @@ class AIGatewayMiddleware:
             raise
         else:
             await answer.let_go()
+
+
+def domain_error(raised: BaseException) -> AIGatewayError | None:
+    """The error of the gateway that `raised` is, or the first of those that a task group of the host's has put together."""
+    if isinstance(raised, BaseExceptionGroup):
+        found = [domain_error(each) for each in raised.exceptions]
+        return found[0] if all(found) else None
+    return raised if isinstance(raised, AIGatewayError) else None
 
 
 class HeldAnswer:
@@ -100,60 +106,3 @@ class HeldAnswer:
         for message in held:
             self.begun = True
             await self._send(message)
-
-
-class Lifespan:
-    """The host's lifespan inside the gateway's. A host that has none gets one here."""
-
-    def __init__(self, app: AnyASGIApp, gateway: AIGateway) -> None:
-        self._app = app
-        self._gateway = gateway
-        self._answered = False
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        startup = await receive()
-        last: Message | None = None
-        try:
-            async with self._gateway.lifespan():
-                last = await self._run_host(scope, startup, receive, send)
-        except AIGatewayError as error:
-            if self._answered:
-                raise
-            await send({"type": "lifespan.startup.failed", "message": str(error)})
-            return
-        if last is not None:
-            await send(last)
-
-    async def _run_host(self, scope: Scope, startup: Message, receive: Receive, send: Send) -> Message | None:
-        """Gives back the host's last message: it goes out when the gateway has stopped too."""
-        first: list[Message] = [startup]
-        last: Message | None = None
-
-        async def replay() -> Message:
-            return first.pop() if first else await receive()
-
-        async def hold_back(message: Message) -> None:
-            nonlocal last
-            if message["type"].startswith("lifespan.shutdown."):
-                last = message
-                return
-            self._answered = True
-            await send(message)
-
-        try:
-            await self._app(scope, replay, hold_back)
-        except Exception:
-            if self._answered:
-                raise
-            await self._stand_in(receive, send)
-            return {"type": "lifespan.shutdown.complete"}
-        if not self._answered:
-            await self._stand_in(receive, send)
-            return {"type": "lifespan.shutdown.complete"}
-        return last
-
-    async def _stand_in(self, receive: Receive, send: Send) -> None:
-        """For a host that does not know the lifespan protocol."""
-        self._answered = True
-        await send({"type": "lifespan.startup.complete"})
-        await receive()
