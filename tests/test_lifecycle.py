@@ -318,7 +318,7 @@ async def test_observers_are_told_by_a_worker_for_as_long_as_any_lifespan_lasts(
         async with gateway:
             inside.set()
             await first_left.wait()
-            gateway._observers.emit(CallRefused(request_id="req_x", principal="ada", model=None, code="x"))
+            gateway._composition.observers.emit(CallRefused(request_id="req_x", principal="ada", model=None, code="x"))
             with anyio.fail_after(10):
                 while not heard.arrived.is_set():
                     await anyio.lowlevel.checkpoint()
