@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import time
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from importlib.metadata import version
 from types import TracebackType
@@ -19,7 +19,7 @@ from ..errors import InvalidArgument, ProviderError
 from ..protocols import HTTPAnswer, HTTPRequest, ProviderAnswer, Transport
 from ..types import Completion, ProviderCall, StreamItem
 from .transport import as_transport
-from .upstream import status_error
+from .upstream import AMBIGUOUS, status_error
 
 MAX_ANSWER_BYTES = 32 * 2**20
 MAX_ERROR_BYTES = 64 * 2**10
@@ -54,10 +54,12 @@ class Wire(Struct, frozen=True, kw_only=True):
 class HTTPAdapter(ABC):
     """An `Adapter` over a `Transport`. A subclass has a `wire`, makes requests of calls and says which models it serves.
 
-    Neither `repr` nor an error shows a header, and the object cannot be pickled.
+    `ambiguous` are the statuses after which nobody knows whether the call was billed; a subclass for an upstream behind other gateways
+    names theirs too. Neither `repr` nor an error shows a header, and the object cannot be pickled.
     """
 
     bounds_output = True
+    ambiguous: Collection[int] = AMBIGUOUS
     wire: Wire
 
     def __init__(
@@ -131,7 +133,7 @@ class HTTPAdapter(ABC):
             facts = self.wire.error_facts(await answer.read(MAX_ERROR_BYTES))
         except ProviderError:  # the status came back and says what there is to know; the body is only for details
             facts = {}
-        return status_error(self.name, answer.status, answer.headers, facts, now=time.time())
+        return status_error(self.name, answer.status, answer.headers, facts, now=time.time(), ambiguous=self.ambiguous)
 
 
 class UpstreamAnswer:

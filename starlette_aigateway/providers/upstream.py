@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from email.utils import parsedate_to_datetime
 
 from ..errors import ProviderError, ProviderRejected, ProviderTimeout
@@ -14,14 +14,23 @@ AMBIGUOUS = frozenset({408, 504, 524})  # a gateway on the way gave up waiting: 
 UNKNOWN_MODEL = frozenset({"model_not_found"})
 
 
-def status_error(name: str, status: int, headers: Mapping[str, str], facts: Mapping[str, str], *, now: float) -> ProviderError:
+def status_error(
+    name: str,
+    status: int,
+    headers: Mapping[str, str],
+    facts: Mapping[str, str],
+    *,
+    now: float,
+    ambiguous: Collection[int] = AMBIGUOUS,
+) -> ProviderError:
     """The error of an answer that is not a success. `facts` are the safe identifiers of its body, all that a caller gets to see of it.
 
-    `now` is Unix seconds, for a `Retry-After` date whose answer says no date of its own.
+    `now` is Unix seconds, for a `Retry-After` date whose answer says no date of its own. After an `ambiguous` status the model may have
+    answered, and billed.
     """
     message = f"the provider {name} answered with status {status}: {_meaning(status)}"
     details = dict(facts) or None
-    if status in AMBIGUOUS:
+    if status in ambiguous:
         return ProviderTimeout(message, billed="unknown", status=status, retry_after=retry_after(headers, now=now), details=details)
     if status in REJECTED and facts.get("code") not in UNKNOWN_MODEL:
         return ProviderRejected(message, retryable=False, billed="no", status=status, param=facts.get("param"), details=details)
