@@ -57,6 +57,7 @@ def test_tools_functions_and_what_the_wire_adds_count() -> None:
         assert one > plain + estimate.TOKENS_FOR_TOOLS
         assert two > one + estimate.TOKENS_PER_TOOL
     assert estimate.input_bound(request("hi"), extra=1000) == plain + 1000
+    assert estimate.input_bound(request("hi", params={"response_format": {"type": "json_object"}})) > plain + estimate.TOKENS_FOR_FORMAT
 
 
 @pytest.mark.parametrize("form", ["NFC", "NFD", "NFKC"])

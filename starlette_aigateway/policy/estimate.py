@@ -32,6 +32,9 @@ TOKENS_PER_REQUEST = 64
 TOKENS_FOR_TOOLS = 1024
 """Anthropic documents a hidden system prompt of 159 to 530 tokens once there are tools (docs.anthropic.com, "Tool use", Pricing)."""
 
+TOKENS_FOR_FORMAT = 1024
+"""What a vendor may say about a `response_format` besides its schema; nobody documents how much that is."""
+
 TOKENS_PER_CHOICE = 32
 """End marks and the frame of tool calls, which are billed and never shown."""
 
@@ -99,6 +102,8 @@ def input_bound(request: CompletionRequest, *, extra: int = 0) -> int:
     tools = [offered for name in ("tools", "functions") if isinstance(offered := request.params.get(name), Sequence)]
     if tools:
         bound += TOKENS_FOR_TOOLS + TOKENS_PER_TOOL * sum(map(len, tools))
+    if request.params.get("response_format") is not None:
+        bound += TOKENS_FOR_FORMAT
     return bound
 
 
