@@ -82,9 +82,15 @@ def kills(given: argparse.Namespace) -> Section:
 
 
 def storm(given: argparse.Namespace) -> Section:
-    arguments = ("-m", "tests.faults.disconnect_storm", "--streams", str(given.streams))
+    arguments = ("-m", "tests.faults.disconnect_storm", "--streams", str(given.streams), "--seed", str(given.seed))
     status, output = python(*arguments)
-    return Section("storm", f"python {' '.join(arguments)}", last_json(output), [f"ended with {status}"] if status else [])
+    figures: dict[str, Any] = {}
+    for found in last_json(output):
+        mode = found.pop("mode")
+        for name in ("charged", "booked"):
+            found[name] = f"{found[name] / 10**9:.2f} USD"
+        figures[mode] = {name: value for name, value in found.items() if name not in ("streams", "seed") and value != []}
+    return Section("storm", f"python {' '.join(arguments)}", figures, [f"ended with {status}"] if status else [])
 
 
 def model(given: argparse.Namespace) -> Section:
@@ -148,7 +154,7 @@ def markdown(sections: Sequence[Section]) -> str:
 
 def _plain(value: Any) -> str:
     if isinstance(value, Mapping):
-        return "(" + ", ".join(f"{name} {number}" for name, number in value.items()) + ")"
+        return "(" + ", ".join(f"{name.replace('_', ' ')} {_plain(number)}" for name, number in value.items()) + ")"
     return str(value)
 
 
