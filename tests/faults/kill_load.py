@@ -24,8 +24,8 @@ LOST = (aiohttp.ClientError, ConnectionError, TimeoutError)
 REFUSALS = ("spend_cap_exceeded", "spend_cap_held", "too_many_parallel_requests", "storage_unavailable")
 """Codes of requests that no provider may have been asked for."""
 
-PATIENCE = 100
-"""Refusals after which a household is replaced by a new one; a final one counts for ten."""
+PATIENCE = 1000
+"""Refusals after which a household is replaced by a new one; a final one counts for a hundred."""
 
 PAUSE = 0.02
 """Seconds that a refused caller waits."""
@@ -121,7 +121,7 @@ class Load:
         if "of this gateway" in text:
             self.gateway_is_full.set()
         else:
-            household.refusals += 10 if code == "spend_cap_exceeded" else 1
+            household.refusals += 100 if code == "spend_cap_exceeded" else 1
         await anyio.sleep(PAUSE)
 
     async def _move_on(self, place: int, household: Household) -> None:
@@ -135,9 +135,9 @@ class Load:
         tenant = Tenant(f"t{self._founded}", daily_cap_usd=f"{self._random.randint(4, 30)}")
         await self._admin.save_tenant(tenant)
         self.caps[tenant_scope(tenant.id)] = tenant.caps
-        keys = []
+        keys: list[tuple[str, str]] = []
         for window in self._random.sample(range(3), 2):
-            limits: LimitFields = {"max_parallel_requests": 6, **one_cap(window, self._random.randint(2, 20))}
+            limits: LimitFields = {"max_parallel_requests": None if keys else 8, **one_cap(window, self._random.randint(2, 20))}
             raw, key = await self._admin.create_key(f"k{self._founded}", tenant=tenant.id, **limits)
             self.caps[principal_scope(key.id)] = key.caps
             keys.append((key.id, raw))

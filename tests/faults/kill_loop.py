@@ -32,7 +32,7 @@ from .kill_verdict import Verdict, verdict
 from .kill_worker import MOUNT, gateway_over
 
 ROOT = Path(__file__).parent.parent.parent
-HOUSEHOLDS = 10
+HOUSEHOLDS = 16
 LONGER_THAN_ANY_LEASE = 3600.0
 CAP_STEP = 100
 """US dollars by which the gateway's own cap is raised, for workers to come, each time that it is reached."""
