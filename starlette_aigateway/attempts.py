@@ -17,7 +17,7 @@ from .accounts import Hold, Settlement, UsageRecord
 from .attempt import Attempt, Pulse, ReaderLeft, lease
 from .background import Job, shut_down
 from .calls import Call, Done, Offer
-from .errors import NoProviderAvailable, ProviderError, ProviderRejected, SpendCapExceeded
+from .errors import NoProviderAvailable, ProviderError, ProviderRejected, SpendCapExceeded, TooManyParallelRequests
 from .events import AttemptFailed, CallTolerated, Event
 from .holds import Holds
 from .policy import keys, metering
@@ -181,7 +181,7 @@ class Attempts:
             request = replace(request, attempt=len(failures) + 1, admission=priced.ask.minimum, replaces=replaced)
         try:
             hold = await self._holds.reserve(job, request, now)
-        except SpendCapExceeded as refused:
+        except (SpendCapExceeded, TooManyParallelRequests) as refused:
             if failures:
                 raise _exhausted(failures[-1].error) from refused
             raise

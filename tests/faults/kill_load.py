@@ -21,8 +21,8 @@ from .kill_worker import MODEL, MOUNT
 LOST = (aiohttp.ClientError, ConnectionError, TimeoutError)
 """What a caller sees of a server that is killed."""
 
-REFUSALS = ("spend_cap_exceeded", "spend_cap_held", "too_many_parallel_requests", "storage_unavailable")
-"""Codes of requests that no provider may have been asked for."""
+REFUSALS = ("spend_cap_exceeded", "spend_cap_held", "too_many_parallel_requests")
+"""Codes of requests that no provider may have been asked for. `storage_unavailable` may come after a first attempt."""
 
 PATIENCE = 1000
 """Refusals after which a household is replaced by a new one; a final one counts for a hundred."""

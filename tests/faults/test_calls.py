@@ -24,6 +24,7 @@ from starlette_aigateway import (
     SpendCapExceeded,
     StorageUnavailable,
     Timeouts,
+    TooManyParallelRequests,
 )
 from starlette_aigateway.accounts import Hold, HoldRequest
 from starlette_aigateway.errors import InvalidArgument
@@ -410,6 +411,25 @@ async def test_a_call_that_is_refused_before_it_could_try_leaves_the_circuit_as_
         with pytest.raises(SpendCapExceeded):
             await gateway.complete(Principal("poor", hard_cap_usd="0.0001"), ask("5"))
         assert (await gateway.complete(WHO, ask("6"))).message["content"] == "up"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_call_that_was_charged_is_not_refused_by_the_parallel_limit_when_its_slot_is_taken_before_the_next_attempt(
+    ledger: FaultyLedger, stream: bool
+) -> None:
+    first, second = ScriptedProvider(RuntimeError("charged, and no answer"), name="first"), ScriptedProvider("never", name="second")
+
+    async def reserve(request: HoldRequest, *, now: float) -> Hold:
+        if request.attempt == 2:
+            raise TooManyParallelRequests("taken", retry_after=1.0, scope="principal", window="parallel", limit=1)
+        return await FaultyLedger.reserve(ledger, request, now=now)
+
+    ledger.reserve = reserve  # type: ignore[method-assign]  # another call comes between the two attempts
+    async with gateway_over(ledger, first, second) as gateway:
+        with pytest.raises(ProviderError, match="first failed"):
+            await read(gateway, stream)
+        assert await outcomes(gateway) == ["ambiguous"]
+        assert second.calls == []
 
 
 async def test_any_number_of_failing_targets_is_remembered_within_a_bound(ledger: FaultyLedger, monkeypatch: pytest.MonkeyPatch) -> None:
