@@ -190,6 +190,7 @@ class Composition(Administration):
             check=self.check_ready,
             mint_request_id=self.mint_request_id,
             max_body_bytes=max_body_bytes,
+            receive_seconds=timeouts.receive,
         )
 
     def register_provider(self, provider: object) -> None:

@@ -8,6 +8,7 @@ AIGatewayError
 │   │   ├── InvalidArgument         the same of an argument in the host's code: a ValueError and a TypeError too
 │   │   ├── UnprocessableRequest    well-formed, but cannot be carried out (a missing prompt variable)
 │   │   ├── RequestTooLarge
+│   │   ├── RequestTimeout          the body did not come in time
 │   │   └── UnsupportedMediaType
 │   ├── NotFound                    no such model, prompt, key, tenant
 │   ├── Conflict                    the same thing is running, or exists already
@@ -90,6 +91,10 @@ class UnprocessableRequest(InvalidRequest):
 
 class RequestTooLarge(InvalidRequest):
     default_code = "request_too_large"
+
+
+class RequestTimeout(InvalidRequest):
+    default_code = "request_timeout"
 
 
 class UnsupportedMediaType(InvalidRequest):

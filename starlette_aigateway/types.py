@@ -503,7 +503,8 @@ class Timeouts(Struct, frozen=True, kw_only=True):
     """Seconds. `connect` to a provider; `read` is the longest silence of a provider, also before its first byte; `call` is the whole
     call with its retries and fallbacks; `drain` is how long an answer is read on after its client left, and how long a shutdown waits for
     answers; `settle` is how long a caller waits for its settlement while the ledger is away (it is tried on after that), and a shutdown for
-    those that are still to be written; `storage` the longest wait for a store."""
+    those that are still to be written; `storage` the longest wait for a store. `receive` is how long a request's body may take to come,
+    and `send` how long a client may take nothing of its stream: then the stream is ended and settled as one whose client has left."""
 
     connect: float = 5.0
     read: float = 120.0
@@ -511,3 +512,5 @@ class Timeouts(Struct, frozen=True, kw_only=True):
     drain: float = 30.0
     settle: float = 10.0
     storage: float = 5.0
+    receive: float = 60.0
+    send: float = 60.0

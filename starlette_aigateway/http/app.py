@@ -10,7 +10,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from ..administration import Administration
-from ..errors import AIGatewayError, ConfigurationError, NotFound, RequestError
+from ..errors import AIGatewayError, ConfigurationError, NotFound, RequestError, RequestTimeout, RequestTooLarge
 from ..observing import Observers
 from ..pipeline import Pipeline
 from .bodies import ClientLeft
@@ -35,6 +35,7 @@ class HTTPApp:
         check: Callable[[], Awaitable[None]],
         mint_request_id: Callable[[], str],
         max_body_bytes: int,
+        receive_seconds: float,
     ) -> None:
         self._pipeline = pipeline
         self._administration = administration
@@ -43,6 +44,7 @@ class HTTPApp:
         self.check = check
         self._mint_request_id = mint_request_id
         self._max_body_bytes = max_body_bytes
+        self._receive_seconds = receive_seconds
         self._router = Router(ROUTES)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -57,6 +59,7 @@ class HTTPApp:
             pipeline=self._pipeline,
             administration=self._administration,
             max_body_bytes=self._max_body_bytes,
+            receive_seconds=self._receive_seconds,
             emit=self._observers.emit,
             check=self.check,
             has_admins=self._door.has_admins,
@@ -82,6 +85,8 @@ class HTTPApp:
             if isinstance(error, ConfigurationError):
                 log.error("the gateway cannot start: %s", error.message)
             response = error_response(error)
+            if isinstance(error, RequestTimeout | RequestTooLarge) and scope.get("http_version", "1.1").startswith("1"):
+                response.headers["connection"] = "close"  # the rest of the body would have to be read first, however long it is
         except HTTPException as refusal:
             response = host_refusal(refusal, exchange.request_id)
         except ClientLeft:

@@ -23,6 +23,7 @@ STATUS: dict[type[AIGatewayError], tuple[int, str]] = {
     errors.InvalidArgument: (400, "invalid_request_error"),
     errors.UnprocessableRequest: (422, "invalid_request_error"),
     errors.RequestTooLarge: (413, "invalid_request_error"),
+    errors.RequestTimeout: (408, "invalid_request_error"),
     errors.UnsupportedMediaType: (415, "invalid_request_error"),
     errors.NotFound: (404, "not_found_error"),
     errors.Conflict: (409, "conflict_error"),

@@ -39,6 +39,7 @@ class Exchange:
     pipeline: Pipeline
     administration: Administration
     max_body_bytes: int
+    receive_seconds: float
     emit: Callable[[Event], None]
     check: Callable[[], Awaitable[None]]
     has_admins: bool
@@ -61,7 +62,7 @@ class Exchange:
         """The body as a JSON object. Raises `InvalidRequest` and its kin."""
         headers = self.connection.headers
         bodies.require_json(headers)
-        return bodies.decode_object(await bodies.read(self.receive, headers, self.max_body_bytes))
+        return bodies.decode_object(await bodies.read(self.receive, headers, self.max_body_bytes, self.receive_seconds))
 
     async def complete(self, request: CompletionRequest, options: CallOptions) -> Served:
         """A whole answer. Where a client that leaves is to end its call, somebody has to look for it; otherwise the call goes on to its

@@ -20,11 +20,11 @@ DISTRIBUTION = "starlette_aigateway"
 ALWAYS = (500,)
 ERRORS_OF_GUARD: dict[Guard, tuple[int, ...]] = {
     "open": (),
-    "caller": (401, 429, 503),
-    "admin": (400, 401, 403, 404, 503),
+    "caller": (401, 403, 429, 503),
+    "admin": (400, 401, 403, 404, 429, 503),
     "caller_or_admin": (401, 429, 503),
 }
-ERRORS_OF_BODY = (400, 413, 415)
+ERRORS_OF_BODY = (400, 408, 413, 415)
 
 MORE_CODES: dict[int, tuple[str, ...]] = {
     400: ("invalid_json", "request_too_large_for_limit"),
@@ -44,6 +44,7 @@ MEANING = {
     403: "Known, but not allowed",
     404: "There is no such thing, or not for this caller",
     409: "The same thing is running, or exists already",
+    408: "The body did not come in time",
     413: "The body is too large",
     415: "The body is not application/json",
     422: "Well-formed, but it cannot be carried out",
