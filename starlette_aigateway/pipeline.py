@@ -68,6 +68,11 @@ class Pipeline:
         """Whether a call is given up when its caller leaves, so that it has to be noticed at once."""
         return self._s.background.drains.on_disconnect == "cancel"
 
+    @property
+    def send_seconds(self) -> float:
+        """How long the client of a stream may take nothing."""
+        return self._s.timeouts.send
+
     async def complete(self, principal: Principal, request: CompletionRequest, options: CallOptions, request_id: str) -> Served:
         """A whole answer. Raises any of the errors in `errors.py`, their `request_id` set."""
         answer = self._answer if options.idempotency_key is None else self._answer_once

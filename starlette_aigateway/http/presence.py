@@ -16,8 +16,9 @@ A_MOMENT = 0.002
 """Seconds; a few passes of the event loop, since some servers let one go by before they tell what they know."""
 
 
-async def while_present(receive: Receive, work: Callable[[], Awaitable[T]]) -> T:
-    """What `work` brings. When the client leaves, it is cancelled. Raises `ClientLeft`, and what `work` raises as it came."""
+async def while_present(receive: Receive, work: Callable[[], Awaitable[T]], stalled: Callable[[], Awaitable[None]] | None = None) -> T:
+    """What `work` brings. When the client leaves, or `stalled` returns, it is cancelled. Raises `ClientLeft`, and what `work` raises as it
+    came."""
     results: list[T] = []
     failure: BaseException | None = None
     async with anyio.create_task_group() as group:
@@ -27,7 +28,13 @@ async def while_present(receive: Receive, work: Callable[[], Awaitable[T]]) -> T
                 pass
             group.cancel_scope.cancel()
 
+        async def look(stalled: Callable[[], Awaitable[None]]) -> None:
+            await stalled()
+            group.cancel_scope.cancel()
+
         group.start_soon(watch)
+        if stalled is not None:
+            group.start_soon(look, stalled)
         try:
             results.append(await work())
         except BaseException as error:  # noqa: BLE001  # raised below as it came: a task group would wrap it

@@ -19,6 +19,7 @@ from ..wires import openai_chat, sse
 from . import shapes
 from .bodies import ClientLeft
 from .errors import error_object, error_response, window_headers
+from .pace import Pace
 from .presence import while_present
 
 Dialect = Literal["openai", "native"]
@@ -82,18 +83,23 @@ class NativeWriter:
 class EventStreamResponse(Response):
     """Opens the stream when it is served, so that nothing is left open if it never is."""
 
-    def __init__(self, open_stream: Callable[[], Any], writer: Callable[[AnswerStream], Writer], id_headers: Mapping[str, str]) -> None:
+    def __init__(
+        self, open_stream: Callable[[], Any], writer: Callable[[AnswerStream], Writer], id_headers: Mapping[str, str], *, patience: float
+    ) -> None:
+        """`patience` is how many seconds the client may take nothing."""
         self.status_code = 200
         self.background = None
         self.init_headers(HEADERS | dict(id_headers))
         self._open_stream = open_stream
         self._writer = writer
+        self._patience = patience
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Writes until the stream ends or the client leaves, also before its first content; leaving ends the block of the stream, which
-        settles it."""
+        """Writes until the stream ends, or the client leaves or takes nothing more, also before its first content; leaving ends the block
+        of the stream, which settles it. What is left unended the server closes."""
+        pace = Pace(send, self._patience)
         try:
-            refusal = await while_present(receive, lambda: self._serve(send))
+            refusal = await while_present(receive, lambda: self._serve(pace.send), pace.stalled)
         except ClientLeft:
             return
         if refusal is not None:
@@ -163,4 +169,5 @@ def stream_response(
         lambda: pipeline.stream(principal, request, options, request_id),
         writer,
         id_headers or {"x-request-id": request_id, "request-id": request_id},
+        patience=pipeline.send_seconds,
     )
