@@ -88,6 +88,7 @@ class ToldPipeline:
         self._pipeline = pipeline
         self._observers = observers
         self.quotes = pipeline.quotes
+        self.send_seconds = pipeline.send_seconds
 
     async def complete(self, principal: Principal, request: CompletionRequest, options: CallOptions, request_id: str) -> Served:
         try:
