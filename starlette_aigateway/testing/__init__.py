@@ -6,7 +6,9 @@ your own is held to what the gateway relies on. It needs pytest with anyio's plu
 
 from .audit import AuditStoreContract
 from .cache import ResponseCacheContract, SharedResponseCacheContract
+from .client import ASGIClient, WholeAnswer
 from .clock import FakeClock
+from .exchange import Exchange, ServerSentEvent
 from .idempotency import IdempotencyContract
 from .keys import KeyStoreContract
 from .ledger import LedgerContract
@@ -18,9 +20,11 @@ from .transport import TransportContract
 from .windows import LimitsContract, WindowsContract
 
 __all__ = [
+    "ASGIClient",
     "After",
     "AuditStoreContract",
     "Die",
+    "Exchange",
     "FakeClock",
     "Hang",
     "IdempotencyContract",
@@ -32,8 +36,10 @@ __all__ = [
     "ResponseCacheContract",
     "Say",
     "ScriptedProvider",
+    "ServerSentEvent",
     "SharedResponseCacheContract",
     "TenantStoreContract",
     "TransportContract",
+    "WholeAnswer",
     "WindowsContract",
 ]
