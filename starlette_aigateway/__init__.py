@@ -8,6 +8,7 @@ from .errors import (
     ConfigurationError,
     Conflict,
     CostUnbounded,
+    InvalidArgument,
     InvalidRequest,
     NoProviderAvailable,
     NotFound,
@@ -27,6 +28,7 @@ from .errors import (
 from .gateway import AIGateway
 from .http.door import Admin
 from .http.errors import render_error
+from .http.sse import EventStream, EventStreamResponse
 from .middleware import AIGatewayMiddleware
 from .policy.caching import CachePolicy
 from .policy.idempotency import IdempotencyPolicy
@@ -74,8 +76,11 @@ __all__ = [
     "Conflict",
     "CostUnbounded",
     "Credit",
+    "EventStream",
+    "EventStreamResponse",
     "IdempotencyPolicy",
     "ImageTokens",
+    "InvalidArgument",
     "InvalidRequest",
     "Key",
     "Limits",

@@ -107,6 +107,12 @@ class Administration(Bookkeeping):
         now = self._clock()
         return key_policy.check(await self._keys.find(digest, now=now), now).principal
 
+    async def principal_of(self, key_id: str) -> Principal:
+        """Who a stored key is, by its id. Raises `AuthenticationError` as `authenticate` does."""
+        check_id(key_id, "key_id")
+        await self.ready()
+        return key_policy.check(await self._keys.get(key_id), self._clock()).principal
+
     def _checked_digest(self, raw_key: str) -> bytes:
         """The digest of a key that is well formed. Those that were seen are remembered by their digest, never by themselves."""
         if not isinstance(raw_key, str) or not raw_key.isascii():

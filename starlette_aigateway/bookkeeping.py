@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Any, TypeVar
+from typing import Any, TypedDict, TypeVar
 
 from . import money
 from .accounts import (
@@ -48,6 +48,20 @@ class Stores:
     random: Callable[[int], bytes]
 
 
+class UsageFilters(TypedDict, total=False):
+    """The arguments of `Bookkeeping.usage`."""
+
+    principal: str | None
+    tenant: str | None
+    key_id: str | None
+    model: str | None
+    since: datetime | None
+    until: datetime | None
+    group_by: Sequence[str]
+    limit: int
+    cursor: str | None
+
+
 class Bookkeeping:
     """Usage, budgets, credits. Raises `NotFound` for what does not exist and `InvalidArgument` for what cannot be."""
 
@@ -76,6 +90,11 @@ class Bookkeeping:
         cursor: str | None = None,
     ) -> UsageReport:
         """Totals and groups over what the filters match, and one page of records, newest first. The range is half-open."""
+        for name, value in (("principal", principal), ("tenant", tenant), ("key_id", key_id), ("model", model), ("cursor", cursor)):
+            if not isinstance(value, str | None):
+                raise InvalidArgument(f"{name} must be a string, not {type(value).__name__}", param=name)
+        if isinstance(group_by, str) or not isinstance(group_by, Sequence):
+            raise InvalidArgument("group_by must be a list of names", param="group_by")
         query = UsageQuery(
             principal=principal,
             tenant=tenant,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, MutableMapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from functools import partial
 from types import TracebackType
 from typing import Any, Self, Unpack
 
@@ -13,19 +14,22 @@ from starlette.requests import HTTPConnection
 from starlette.types import Receive, Scope, Send
 
 from .administration import Administration
+from .arguments import OptionFields, call_options, check_dialect, check_request
 from .caller import Caller
 from .composition import Composition
 from .embedded import remove_with, temporary_path
 from .errors import ConfigurationError, InvalidArgument
 from .http.lifespan import Lifespan
+from .http.sse import Dialect, EventStream, EventStreamResponse, writer_of
 from .quotes import Quote
 from .settings import SettingFields, check_names
 from .streams import AnswerStream
 from .types import (
+    KEY_ID_PREFIX,
     Answer,
-    CacheControl,
     CallOptions,
     CompletionRequest,
+    Key,
     Principal,
 )
 
@@ -123,80 +127,106 @@ class AIGateway(Administration):
 
     # -- calls -------------------------------------------------------------------------------------------------------
 
-    async def complete(
-        self,
-        who: Principal | str,
-        request: CompletionRequest,
-        *,
-        idempotency_key: str | None = None,
-        timeout: float | None = None,
-        tags: Mapping[str, str] | None = None,
-        cache: CacheControl | None = None,
-    ) -> Answer:
+    async def complete(self, who: Principal | str, request: CompletionRequest, **options: Unpack[OptionFields]) -> Answer:
         """A whole answer for a principal or a raw key, limited and billed as over HTTP. Raises any of the errors in `errors.py`.
 
         With an `idempotency_key` the same call is carried out and billed once: again, it gets the same answer, `replayed`, for a day; while
         it runs it is a `Conflict`, and a key that was used for another call is an `UnprocessableRequest`."""
-        options = _options(idempotency_key, timeout, tags, cache)
+        checked, chosen = check_request(request), call_options(options)
         principal = await self._principal(who)
-        served = await self._composition.in_process.complete(principal, request, options, self.mint_request_id())
+        served = await self._composition.in_process.complete(principal, checked, chosen, self.mint_request_id())
         return served.answer
 
-    @asynccontextmanager
-    async def stream(
-        self,
-        who: Principal | str,
-        request: CompletionRequest,
-        *,
-        idempotency_key: str | None = None,
-        timeout: float | None = None,
-        tags: Mapping[str, str] | None = None,
-        cache: CacheControl | None = None,
-    ) -> AsyncIterator[AnswerStream]:
+    def stream(
+        self, who: Principal | str, request: CompletionRequest, **options: Unpack[OptionFields]
+    ) -> AbstractAsyncContextManager[AnswerStream]:
         """The same as a stream of `Chunk`s; `usage` and `cost_usd` are known after its end."""
-        options = _options(idempotency_key, timeout, tags, cache)
+        return self._stream(who, check_request(request), call_options(options), self.mint_request_id())
+
+    @asynccontextmanager
+    async def _stream(
+        self, who: Principal | str, request: CompletionRequest, options: CallOptions, request_id: str
+    ) -> AsyncIterator[AnswerStream]:
         principal = await self._principal(who)
-        async with self._composition.in_process.stream(principal, request, options, self.mint_request_id()) as stream:
+        async with self._composition.in_process.stream(principal, request, options, request_id) as stream:
             yield stream
 
-    async def quote(
+    async def stream_response(
         self,
         who: Principal | str,
         request: CompletionRequest,
         *,
-        stream: bool = False,
-        idempotency_key: str | None = None,
-        timeout: float | None = None,
-        tags: Mapping[str, str] | None = None,
-        cache: CacheControl | None = None,
+        format: Dialect = "native",  # noqa: A002  # the public name
+        include_usage: bool = False,
+        **options: Unpack[OptionFields],
+    ) -> EventStreamResponse:
+        """The same as a response to return from a route, in one of the dialects of `/complete` and `/v1/chat/completions`. The call is let
+        in when the response is served, before its headers go out."""
+        checked, chosen, request_id = check_request(request), call_options(options), self.mint_request_id()
+        return EventStreamResponse(
+            lambda: self._stream(who, checked, chosen, request_id),
+            writer_of(check_dialect(format), checked.model, include_usage),
+            {"x-request-id": request_id, "request-id": request_id},
+            patience=self._composition.pipeline.send_seconds,
+        )
+
+    async def event_stream(
+        self,
+        who: Principal | str,
+        request: CompletionRequest,
+        *,
+        format: Dialect = "native",  # noqa: A002  # the public name
+        include_usage: bool = False,
+        **options: Unpack[OptionFields],
+    ) -> EventStream:
+        """The same, let in already, for frameworks that have responses of their own. It has to be read to its end or closed. Raises
+        `ConfigurationError` outside of the gateway's lifespan, since the stream outlives this call."""
+        checked, chosen, request_id = check_request(request), call_options(options), self.mint_request_id()
+        writer = writer_of(check_dialect(format), checked.model, include_usage)
+        if not self._composition.background.shared:
+            raise ConfigurationError("event_stream(...) needs the gateway's lifespan: AIGatewayMiddleware, or gateway.lifespan()")
+        opened = self._stream(who, checked, chosen, request_id)
+        stream = await opened.__aenter__()
+        return EventStream(opened, stream, writer(stream), request_id)
+
+    async def quote(
+        self, who: Principal | str, request: CompletionRequest, *, stream: bool = False, **options: Unpack[OptionFields]
     ) -> Quote:
         """What this call would cost at the most, which targets it would be tried at, what remains, whether it would be answered from the
         cache, and which limit would refuse it now. It takes, holds and books nothing, claims no idempotency key and asks no provider.
         Takes the arguments of `complete`, and raises as it does for what is no limit: a malformed call, a model that is unknown or not
         allowed, a store that cannot be reached."""
-        options = _options(idempotency_key, timeout, tags, cache)
+        checked, chosen = check_request(request), call_options(options)
         principal = await self._principal(who)
-        return await self._composition.pipeline.quotes.quote(principal, request, options, stream=stream)
+        return await self._composition.pipeline.quotes.quote(principal, checked, chosen, stream=stream)
 
     async def _principal(self, who: Principal | str) -> Principal:
         if isinstance(who, Principal):
             await self.ready()
             return who
+        if not isinstance(who, str):
+            raise InvalidArgument(f"who must be a Principal or a raw key, not {type(who).__name__}", param="who")
         return await self.authenticate(who)
 
     def mint_request_id(self) -> str:
         """A new `req_…`, in the order of time."""
         return self._composition.mint_request_id()
 
-    def acting_as(self, principal: Principal) -> Caller:
-        """The gateway as `principal` sees it, for jobs and for whoever knows already who acts."""
-        if not isinstance(principal, Principal):
-            raise InvalidArgument(f"principal must be a Principal, not {type(principal).__name__}", param="principal")
+    # -- callers -----------------------------------------------------------------------------------------------------
+
+    def acting_as(self, who: Principal | Key | str) -> Caller:
+        """The gateway as `who` sees it, for jobs and for whoever knows already who acts: a principal, or a stored key (or its id,
+        `key_…`). A stored key is looked up at each call: changed limits hold, and a revoked one raises `AuthenticationError`, also in the
+        middle of a job."""
+        if isinstance(who, Key) or (isinstance(who, str) and who.startswith(KEY_ID_PREFIX)):
+            return Caller(self, partial(self.principal_of, who.id if isinstance(who, Key) else who))
+        if not isinstance(who, Principal):
+            raise InvalidArgument("who must be a Principal, or a stored key or its id (key_…); a raw key is neither", param="who")
 
         async def known() -> Principal:
-            return principal
+            return who
 
-        return Caller(self._composition.in_process, self, known, self.mint_request_id)
+        return Caller(self, known)
 
     def lazy_caller(self, connection: HTTPConnection) -> Caller:
         """The gateway as whoever sent this request sees it; who that is, is found out at its first use."""
@@ -205,11 +235,12 @@ class AIGateway(Administration):
             await self.ready()
             return await self._composition.door.principal(connection)
 
-        return Caller(self._composition.in_process, self, resolved, self.mint_request_id)
+        return Caller(self, resolved)
 
     async def caller(self, scope: Mapping[str, Any] | HTTPConnection) -> Caller:
-        """The gateway as whoever sent this request sees it. Raises `AuthenticationError`."""
-        caller = self.lazy_caller(scope if isinstance(scope, HTTPConnection) else HTTPConnection(dict(scope)))
+        """The gateway as whoever sent this request, or opened this WebSocket, sees it: `scope` is the ASGI scope or Starlette's request.
+        Raises `AuthenticationError`, and what the host's login raises."""
+        caller = self.lazy_caller(_connection(scope))
         await caller.principal()
         return caller
 
@@ -222,7 +253,9 @@ class AIGateway(Administration):
             await self._composition.http(scope, receive, send)
 
 
-def _options(idempotency_key: str | None, timeout: float | None, tags: Mapping[str, str] | None, cache: CacheControl | None) -> CallOptions:
-    return CallOptions(
-        idempotency_key=idempotency_key, timeout=timeout, tags=tags if tags is not None else {}, cache=cache or CacheControl()
-    )
+def _connection(scope: object) -> HTTPConnection:
+    if isinstance(scope, HTTPConnection):
+        return scope
+    if not isinstance(scope, Mapping) or scope.get("type") not in ("http", "websocket"):
+        raise InvalidArgument("scope must be the ASGI scope of a request or a WebSocket, such as request.scope", param="scope")
+    return HTTPConnection(scope if isinstance(scope, MutableMapping) else dict(scope))

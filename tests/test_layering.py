@@ -30,9 +30,9 @@ LAYERS: tuple[dict[str, set[str]], ...] = (
         }
     },
     {"http": {"http"}},
-    {"caller": {"caller"}, "auth": {"auth"}},
+    {"caller": {"arguments", "caller"}, "auth": {"auth"}},
     {"gateway": {"composition", "embedded", "gateway", "settings"}},
-    {"middleware": {"middleware"}},
+    {"middleware": {"middleware"}, "fastapi": {"fastapi"}},
     {"front": {""}},
     {"testing": {"testing"}, "command": {"cli", "commands", "__main__"}},
 )  # fmt: skip
@@ -40,7 +40,7 @@ LAYERS: tuple[dict[str, set[str]], ...] = (
 LAYER_OF = {name: depth for depth, layer in enumerate(LAYERS) for rooms in layer.values() for name in rooms}
 ROOM_OF = {name: room for layer in LAYERS for room, names in layer.items() for name in names}
 
-KNOW_STARLETTE = {"auth", "http", "caller", "gateway", "middleware"}
+KNOW_STARLETTE = {"auth", "http", "caller", "gateway", "middleware", "fastapi"}
 PURE = {"policy", "wires"}
 CONCRETE = {"stores", "cache", "public_prices"}
 
@@ -112,6 +112,11 @@ def test_a_module_imports_its_own_room_and_layers_below_it_and_nothing_else(path
 def test_only_the_rooms_that_face_the_host_know_starlette(path: Path) -> None:
     if room_of(path) not in KNOW_STARLETTE | {"testing"}:
         assert "starlette" not in foreign_imports(path)
+
+
+@each_module
+def test_fastapi_is_imported_by_its_own_module_alone(path: Path) -> None:
+    assert ("fastapi" in foreign_imports(path)) == (room_of(path) == "fastapi")
 
 
 @pytest.mark.parametrize("path", in_rooms(PURE), ids=name_of)

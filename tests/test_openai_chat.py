@@ -65,7 +65,7 @@ def test_both_names_of_the_output_bound_become_one() -> None:
         ({"stream_options": {"include_usage": 1}}, "stream_options.include_usage"),
         ({"prompt": "write a poem"}, "prompt"),
         ({"prompt": {}}, "prompt.name"),
-        ({"prompt": {"name": "a", "variable": {}}}, "prompt"),
+        ({"prompt": {"name": "a", "variable": {}}}, "prompt.variable"),
     ],
 )
 def test_a_body_that_contradicts_itself_is_refused(body: Mapping[str, Any], param: str) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import suppress
-from typing import Any, Literal, Protocol
+from collections.abc import AsyncGenerator, Callable, Mapping
+from contextlib import AbstractAsyncContextManager, suppress
+from decimal import Decimal
+from typing import Literal, Protocol, TypeAlias
 
 import msgspec
 from starlette.responses import Response
@@ -14,7 +15,7 @@ from ..errors import AIGatewayError
 from ..observing import ToldPipeline
 from ..pipeline import Pipeline
 from ..streams import AnswerStream
-from ..types import CallOptions, CompletionRequest, Principal, RawEvents, StreamItem
+from ..types import CallOptions, CompletionRequest, Principal, RawEvents, StreamItem, Usage
 from ..wires import openai_chat, sse
 from . import shapes
 from .bodies import ClientLeft
@@ -23,6 +24,7 @@ from .pace import Pace
 from .presence import while_present
 
 Dialect = Literal["openai", "native"]
+OpenStream: TypeAlias = Callable[[], AbstractAsyncContextManager[AnswerStream]]
 HEADERS = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache", "x-accel-buffering": "no"}
 
 
@@ -81,29 +83,46 @@ class NativeWriter:
 
 
 class EventStreamResponse(Response):
-    """Opens the stream when it is served, so that nothing is left open if it never is."""
+    """Opens the stream when it is served, so that nothing is left open if it never is. `background` runs when everything was sent, or the
+    client has left.
+
+    `usage`, `cost_usd` and `finish_reason` are known when the stream has come to its end; they stay None where the client left before.
+    """
 
     def __init__(
-        self, open_stream: Callable[[], Any], writer: Callable[[AnswerStream], Writer], id_headers: Mapping[str, str], *, patience: float
+        self, open_stream: OpenStream, writer: Callable[[AnswerStream], Writer], id_headers: Mapping[str, str], *, patience: float
     ) -> None:
         """`patience` is how many seconds the client may take nothing."""
         self.status_code = 200
         self.background = None
         self.init_headers(HEADERS | dict(id_headers))
+        self.stream: AnswerStream | None = None
         self._open_stream = open_stream
         self._writer = writer
         self._patience = patience
+
+    @property
+    def usage(self) -> Usage | None:
+        return self.stream.usage if self.stream is not None else None
+
+    @property
+    def cost_usd(self) -> Decimal | None:
+        return self.stream.cost_usd if self.stream is not None else None
+
+    @property
+    def finish_reason(self) -> str | None:
+        return self.stream.finish_reason if self.stream is not None else None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Writes until the stream ends, or the client leaves or takes nothing more, also before its first content; leaving ends the block
         of the stream, which settles it. What is left unended the server closes."""
         pace = Pace(send, self._patience)
-        try:
+        with suppress(ClientLeft):
             refusal = await while_present(receive, lambda: self._serve(pace.send), pace.stalled)
-        except ClientLeft:
-            return
-        if refusal is not None:
-            await refusal(scope, receive, send)
+            if refusal is not None:
+                await refusal(scope, receive, send)
+        if self.background is not None:
+            await self.background()
 
     async def _serve(self, send: Send) -> Response | None:
         """What is answered instead, where the call is refused before the stream has begun."""
@@ -111,6 +130,7 @@ class EventStreamResponse(Response):
         try:
             async with self._open_stream() as stream:
                 begun = True
+                self.stream = stream
                 with suppress(OSError):  # a server may also tell by a failing send that the client is gone (ASGI 2.4)
                     await self._write(stream, send)
         except AIGatewayError as error:
@@ -140,6 +160,61 @@ class EventStreamResponse(Response):
         await send({"type": "http.response.body", "body": last, "more_body": False})
 
 
+class EventStream:
+    """A stream that is open, as what a framework makes a response of: `headers`, and the body by iterating. It is closed at its end, and
+    by `aclose()`; leaving it early settles the call.
+
+    `usage`, `cost_usd` and `finish_reason` are known after its end.
+    """
+
+    def __init__(self, opened: AbstractAsyncContextManager[AnswerStream], stream: AnswerStream, writer: Writer, request_id: str) -> None:
+        self.stream = stream
+        self.headers = HEADERS | {"x-request-id": request_id, "request-id": request_id} | stream_headers(stream)
+        self._opened = opened
+        self._writer = writer
+        self._ended = False
+        self._left = False
+
+    @property
+    def usage(self) -> Usage | None:
+        return self.stream.usage
+
+    @property
+    def cost_usd(self) -> Decimal | None:
+        return self.stream.cost_usd
+
+    @property
+    def finish_reason(self) -> str | None:
+        return self.stream.finish_reason
+
+    async def __aiter__(self) -> AsyncGenerator[bytes, None]:
+        """Whole events. An error in mid-stream is the last of them, as over HTTP."""
+        try:
+            while (data := await self._next()) is not None:
+                if data:
+                    yield data
+        finally:
+            await self.aclose()
+
+    async def _next(self) -> bytes | None:
+        if self._ended:
+            return None
+        try:
+            item = await self.stream.next_item()
+            if item is not None:
+                return self._writer.item(item)
+            last = self._writer.end(self.stream)
+        except AIGatewayError as error:
+            last = self._writer.error(error)
+        self._ended = True
+        return last
+
+    async def aclose(self) -> None:
+        if not self._left:
+            self._left = True
+            await self._opened.__aexit__(None, None, None)
+
+
 def stream_headers(stream: AnswerStream) -> dict[str, str]:
     headers = window_headers(stream.windows) | {"x-cache": stream.cache, "x-aigateway-provider": stream.provider}
     if stream.age is not None:
@@ -151,6 +226,15 @@ def stream_headers(stream: AnswerStream) -> dict[str, str]:
     return headers
 
 
+def writer_of(wire: Dialect, model: str, include_usage: bool) -> Callable[[AnswerStream], Writer]:
+    """`model` is the one that was asked for."""
+
+    def writer(stream: AnswerStream) -> Writer:
+        return OpenAIWriter(stream, model, include_usage) if wire == "openai" else NativeWriter(model)
+
+    return writer
+
+
 def stream_response(
     pipeline: Pipeline | ToldPipeline,
     principal: Principal,
@@ -160,14 +244,11 @@ def stream_response(
     *,
     wire: Dialect,
     include_usage: bool = False,
-    id_headers: Mapping[str, str] | None = None,
-) -> Response:
-    def writer(stream: AnswerStream) -> Writer:
-        return OpenAIWriter(stream, request.model, include_usage) if wire == "openai" else NativeWriter(request.model)
-
+    id_headers: Mapping[str, str],
+) -> EventStreamResponse:
     return EventStreamResponse(
         lambda: pipeline.stream(principal, request, options, request_id),
-        writer,
-        id_headers or {"x-request-id": request_id, "request-id": request_id},
+        writer_of(wire, request.model, include_usage),
+        id_headers,
         patience=pipeline.send_seconds,
     )

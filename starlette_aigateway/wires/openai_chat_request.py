@@ -93,8 +93,8 @@ def _include_usage(options: Any) -> bool:
 
 
 def _prompt(value: Any) -> PromptRef | None:
-    if value is None:
-        return None
+    if value is None or isinstance(value, PromptRef):
+        return value
     if not isinstance(value, Mapping):
         raise InvalidRequest(
             "prompt must be an object {name, version?, label?, variables?} that refers to a stored prompt; text belongs into messages",
@@ -102,7 +102,8 @@ def _prompt(value: Any) -> PromptRef | None:
         )
     for field in value:
         if field not in PROMPT_FIELDS:
-            raise InvalidRequest(f"prompt takes {', '.join(sorted(PROMPT_FIELDS))} and nothing else", param="prompt")
+            shown = str(field)[:100]
+            raise InvalidRequest(f"prompt has no field {shown!r}; it has {', '.join(sorted(PROMPT_FIELDS))}", param=f"prompt.{shown}")
     if "name" not in value:
         raise InvalidRequest("prompt.name is missing", param="prompt.name")
     variables = value.get("variables")

@@ -46,7 +46,9 @@ def _check_model(request: CompletionRequest) -> None:
         raise InvalidRequest(f"model must be at most {MAX_NAME} printable characters without surrounding blanks", param="model")
 
 
-def _check_prompt(prompt: PromptRef) -> None:
+def _check_prompt(prompt: PromptRef | Any) -> None:
+    if not isinstance(prompt, PromptRef):
+        raise InvalidRequest(f"prompt must be a PromptRef(...), not {type(prompt).__name__}", param="prompt")
     _check_name(prompt.name, "prompt.name")
     if prompt.label is not None:
         _check_name(prompt.label, "prompt.label")
