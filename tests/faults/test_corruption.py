@@ -6,6 +6,7 @@ import os
 import shutil
 import sqlite3
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 
 import anyio
@@ -13,6 +14,7 @@ import pytest
 
 from starlette_aigateway import StorageUnavailable
 from starlette_aigateway.cache import DiskResponseCache
+from starlette_aigateway.testing import FakeClock
 
 from .locks import HOLD_THE_LOCK_FILE, holder
 from .service import WHO, Service, service
@@ -139,6 +141,18 @@ async def test_a_crash_without_damage_goes_on_where_it_was(tmp_path: Path) -> No
         await crashed(data, found)
     async with service(data) as found:
         assert len(await found.outcomes()) == CALLS
+        assert await found.gateway.check_ledger() == []
+
+
+async def test_a_ledger_that_was_pruned_is_no_older_than_before(tmp_path: Path) -> None:
+    clock = FakeClock()
+    async with service(tmp_path, clock=clock) as found:
+        for _ in range(CALLS):
+            await found.call()
+        clock.advance(10 * 86_400.0)
+        assert await found.gateway.prune_ledger(datetime.fromtimestamp(clock.now, UTC)) > CALLS
+    async with service(tmp_path, clock=clock) as found:
+        assert (await found.call()).status_code == 200
         assert await found.gateway.check_ledger() == []
 
 
