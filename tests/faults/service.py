@@ -16,7 +16,9 @@ from starlette_aigateway.testing.providers import Say, ScriptedProvider
 
 WHO = Principal("user", hard_cap_usd="1000")
 PRICES = {"m": Price("1000", "2000")}
-QUICK = Timeouts(drain=0.2, settle=0.3, storage=0.3)
+PATIENT = Timeouts(drain=0.2, settle=0.5)
+HURRIED = Timeouts(drain=0.2, settle=0.5, storage=0.5)
+"""For faults that only a deadline ends."""
 
 
 async def resolve_principal(connection: HTTPConnection) -> Principal:
@@ -78,7 +80,7 @@ class Service:
                 await anyio.sleep(0.01)
 
 
-def gateway_over(data_dir: Path, *providers: object, timeouts: Timeouts = QUICK, **settings: Any) -> AIGateway:
+def gateway_over(data_dir: Path, *providers: object, timeouts: Timeouts = PATIENT, **settings: Any) -> AIGateway:
     return AIGateway(
         data_dir=data_dir, providers=providers, prices=PRICES, resolve_principal=resolve_principal, timeouts=timeouts, **settings
     )
@@ -86,7 +88,7 @@ def gateway_over(data_dir: Path, *providers: object, timeouts: Timeouts = QUICK,
 
 @asynccontextmanager
 async def service(
-    data_dir: Path, *steps: Any, lifespan: bool = True, timeouts: Timeouts = QUICK, **settings: Any
+    data_dir: Path, *steps: Any, lifespan: bool = True, timeouts: Timeouts = PATIENT, **settings: Any
 ) -> AsyncIterator[Service]:
     provider = ScriptedProvider(*steps, Say("yes"), repeat=True)
     gateway = gateway_over(data_dir, provider, timeouts=timeouts, **settings)

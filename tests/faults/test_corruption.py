@@ -17,7 +17,7 @@ from starlette_aigateway.cache import DiskResponseCache
 from starlette_aigateway.testing import FakeClock
 
 from .locks import HOLD_THE_LOCK_FILE, holder
-from .service import WHO, Service, service
+from .service import HURRIED, WHO, Service, service
 
 pytestmark = pytest.mark.anyio
 
@@ -174,7 +174,7 @@ async def test_an_older_copy_is_taken_only_when_the_operator_says_so(tmp_path: P
 
 async def test_damage_is_let_through_by_nobody_once_the_file_is_read_again(tmp_path: Path) -> None:
     """Until then a process has the pages in memory, and knows of nothing."""
-    async with service(tmp_path) as found:
+    async with service(tmp_path, timeouts=HURRIED) as found:
         for _ in range(CALLS):
             await found.call()
         with holder(HOLD_THE_LOCK_FILE, tmp_path / "ledger.db"):

@@ -16,7 +16,7 @@ from starlette_aigateway.testing.providers import After
 
 from .disks import KINDS, Disk, disk, may_mount, unmount
 from .locks import BEGIN, HOLD_THE_LOCK_FILE, holder
-from .service import gateway_over, service
+from .service import HURRIED, gateway_over, service
 
 pytestmark = pytest.mark.anyio
 
@@ -81,7 +81,7 @@ async def test_calls_that_were_in_the_air_when_the_disk_filled_are_settled_once_
 
 @pytest.mark.parametrize("code", [HOLD_THE_LOCK_FILE, BEGIN.format("IMMEDIATE"), BEGIN.format("EXCLUSIVE")])
 async def test_a_ledger_that_is_locked_is_waited_for_within_a_bound_and_refuses(tmp_path: Path, code: str) -> None:
-    async with service(tmp_path) as found:
+    async with service(tmp_path, timeouts=HURRIED) as found:
         assert (await found.call()).status_code == 200
         with holder(code, tmp_path / "ledger.db"):
             with anyio.fail_after(5):
@@ -98,7 +98,7 @@ async def test_a_gateway_starts_when_the_lock_is_free_and_says_so_before(tmp_pat
     async with service(tmp_path) as found:
         await found.call()
     with holder(HOLD_THE_LOCK_FILE, tmp_path / "ledger.db"), pytest.raises(StorageUnavailable, match="locked by another process"):
-        async with service(tmp_path):
+        async with service(tmp_path, timeouts=HURRIED):
             pass
     async with service(tmp_path) as found:
         assert (await found.call()).status_code == 200
@@ -106,7 +106,7 @@ async def test_a_gateway_starts_when_the_lock_is_free_and_says_so_before(tmp_pat
 
 
 async def test_keys_can_be_read_while_somebody_else_writes_them(tmp_path: Path) -> None:
-    async with service(tmp_path) as found:
+    async with service(tmp_path, timeouts=HURRIED) as found:
         raw, _ = await found.gateway.create_key("k", hard_cap_usd="1")
         with holder(BEGIN.format("IMMEDIATE"), tmp_path / "config.db"):
             assert (await found.call(key=raw)).status_code == 200
