@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
 
@@ -91,9 +91,10 @@ def temporary_path() -> Path:
     return Path(tempfile.gettempdir()) / f"aigateway-{os.getpid()}-{os.urandom(8).hex()}"
 
 
-def remove_with(owner: object, path: Path) -> None:
-    """Removes `path` when `owner` is gone; in the process that made it, not in those that were forked from it."""
-    weakref.finalize(owner, _remove, path, os.getpid())
+def remove_with(owner: object, path: Path) -> Callable[[], object]:
+    """Removes `path` when `owner` is gone, or at once when what this gives is called; in the process that made it, not in those that were
+    forked from it."""
+    return weakref.finalize(owner, _remove, path, os.getpid())
 
 
 def _remove(path: Path, pid: int) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, MutableMapping
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from collections.abc import AsyncIterator, Iterator, Mapping, MutableMapping
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from functools import partial
 from types import TracebackType
 from typing import Any, Self, Unpack
@@ -21,8 +21,9 @@ from .embedded import remove_with, temporary_path
 from .errors import ConfigurationError, InvalidArgument
 from .http.lifespan import Lifespan
 from .http.sse import Dialect, EventStream, EventStreamResponse, writer_of
+from .observing import Tap
 from .quotes import Quote
-from .settings import SettingFields, check_names
+from .settings import STORES, SettingFields, check_names
 from .streams import AnswerStream
 from .types import (
     KEY_ID_PREFIX,
@@ -85,6 +86,27 @@ class AIGateway(Administration):
         gateway = cls(**settings)
         remove_with(gateway, path)
         return gateway
+
+    @contextmanager
+    def recomposed(self, tap: Tap | None = None, **changes: Unpack[SettingFields]) -> Iterator[None]:
+        """Works through another composition while the block lasts: the settings until now with these `changes`, and stores in a temporary
+        directory but for those that `changes` name. Calls that run already, and lifespans, go on with what they began with. For tests:
+        `testing.override` is made of it. `tap` is told every event as it happens."""
+        check_names(changes)
+        path = temporary_path()
+        settings = SettingFields(**{**self._settings, **STORES, "data_dir": path, **changes})
+        composition = Composition(tap=tap, **settings)
+        remove = remove_with(composition, path)
+        before = self._settings, self._composition
+        self._settings = settings
+        self._adopt(composition)
+        try:
+            yield
+        finally:
+            self._settings = before[0]
+            self._adopt(before[1])
+            if not composition.lifecycle.started:
+                remove()
 
     def __repr__(self) -> str:
         return f"AIGateway(name={self.name!r}, providers={list(self._composition.providers)})"

@@ -67,6 +67,13 @@ class SettingFields(TypedDict, total=False):
     random: Callable[[int], bytes]
 
 
+STORES: SettingFields = {
+    "keys": None, "tenants": None, "price_store": None, "prompts": None, "ledger": None, "responses": None, "windows": None,
+    "idempotency": None, "audit_store": None,
+}  # fmt: skip
+"""Every store as the embedded default."""
+
+
 def check_names(settings: Mapping[str, Any]) -> None:
     """Raises `ConfigurationError` for an argument that there is not."""
     unknown = settings.keys() - SettingFields.__annotations__.keys()

@@ -12,9 +12,11 @@ from .exchange import Exchange, ServerSentEvent
 from .idempotency import IdempotencyContract
 from .keys import KeyStoreContract
 from .ledger import LedgerContract
+from .overriding import Override, override
 from .prices import PriceStoreContract
 from .prompts import PromptStoreContract
 from .providers import After, Die, Hang, Say, ScriptedProvider
+from .recording import Recorded, RecordedCall
 from .tenants import TenantStoreContract
 from .transport import TransportContract
 from .windows import LimitsContract, WindowsContract
@@ -31,8 +33,11 @@ __all__ = [
     "KeyStoreContract",
     "LedgerContract",
     "LimitsContract",
+    "Override",
     "PriceStoreContract",
     "PromptStoreContract",
+    "Recorded",
+    "RecordedCall",
     "ResponseCacheContract",
     "Say",
     "ScriptedProvider",
@@ -42,4 +47,5 @@ __all__ = [
     "TransportContract",
     "WholeAnswer",
     "WindowsContract",
+    "override",
 ]
