@@ -1,0 +1,39 @@
+"""FastAPI with a login of its own, a dependency, which the resolver of the gateway asks too."""
+
+from typing import Annotated
+
+from fastapi import Depends, FastAPI, HTTPException, Request
+from fastapi.responses import PlainTextResponse
+from starlette.requests import HTTPConnection
+
+from starlette_aigateway import AIGatewayMiddleware, Principal
+
+from .common import MESSAGES, PREFIX, make_gateway, principal_of
+
+
+async def current_user(connection: HTTPConnection) -> str:
+    user = connection.headers.get("x-user")
+    if not user:
+        raise HTTPException(401, "log in first")
+    return user
+
+
+async def resolve_principal(connection: HTTPConnection) -> Principal:
+    return principal_of(await current_user(connection))
+
+
+gateway = make_gateway(resolve_principal)
+app = FastAPI()
+app.add_middleware(AIGatewayMiddleware, gateway=gateway)
+app.mount(PREFIX, gateway)
+
+
+@app.get("/hello", response_class=PlainTextResponse)
+async def hello() -> str:
+    return "hello from the host"
+
+
+@app.get("/ask")
+async def ask(request: Request, user: Annotated[str, Depends(current_user)]) -> dict[str, str]:
+    answer = await request.state.aigateway.complete(model="m", messages=MESSAGES, max_tokens=5)
+    return {"answer": str(answer.message["content"]), "cost": str(answer.cost_usd)}

@@ -1,0 +1,27 @@
+"""What the apps of Quart and of Quart-Trio have in common."""
+
+import quart
+from quart import Quart
+
+from starlette_aigateway import AIGatewayError, AIGatewayMiddleware, render_error
+
+from .common import MESSAGES, PREFIX, make_gateway
+
+gateway = make_gateway()
+
+
+def furnish(app: Quart) -> None:
+    app.register_error_handler(AIGatewayError, render_error)
+    app.add_url_rule("/hello", "hello", hello)
+    app.add_url_rule("/ask", "ask", ask)
+    app.asgi_app = AIGatewayMiddleware(app.asgi_app, gateway=gateway, path=PREFIX)  # type: ignore[method-assign]  # as its documentation says
+
+
+async def hello() -> str:
+    return "hello from the host"
+
+
+async def ask() -> dict[str, str]:
+    caller = await gateway.caller(quart.request.scope)
+    answer = await caller.complete(model="m", messages=MESSAGES, max_tokens=5)
+    return {"answer": str(answer.message["content"]), "cost": str(answer.cost_usd)}
