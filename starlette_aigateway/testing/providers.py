@@ -10,25 +10,33 @@ import anyio
 
 from ..errors import ProviderError
 from ..types import Chunk, Completion, CompletionRequest, Message, Usage
+from .clock import FakeClock
 
 
 @dataclass(frozen=True, slots=True)
 class Say:
-    """Answers `text`; as a stream, word by word. `usage` of None reports none. `message` replaces the whole message."""
+    """Answers `text`; as a stream, word by word. `usage` of None reports none. `message` replaces the whole message.
+
+    `pause` is how many seconds of the provider's clock pass before a whole answer and before each word of a stream. A stream waits for
+    `until` after its first `after` words, and a whole answer before it is given."""
 
     text: str = ""
     usage: Usage | None = field(default=Usage(input_tokens=10, output_tokens=5))
     finish_reason: str = "stop"
     message: Message | None = None
+    pause: float = 0.0
+    until: anyio.Event | None = None
+    after: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Die:
-    """Raises `error`; as a stream, after the first `after` words of `text`."""
+    """Raises `error`; as a stream, after the first `after` words of `text`. `pause` is as in `Say`."""
 
     error: BaseException = field(default_factory=lambda: ProviderError("the stream was cut short"))
     after: int = 0
     text: str = ""
+    pause: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +64,8 @@ class ScriptedProvider:
     """Each call takes the next step: a text, a `Say`, an exception to raise, `Die`, `Hang` or `After`. With `repeat`, the last step holds
     for all further calls; without, a call too many fails.
 
-    `calls` are the requests that it got, `closed` how many streams ended before their last chunk was taken.
+    `calls` are the requests that it got, `closed` how many streams ended before their last chunk was taken. Pauses are slept on `clock`, a
+    `FakeClock` that the test moves on, or in real time.
     """
 
     def __init__(
@@ -69,6 +78,7 @@ class ScriptedProvider:
         bounds_output: bool = True,
         reasons: bool = False,
         repeat: bool = False,
+        clock: FakeClock | None = None,
     ) -> None:
         self.name = name
         self.models = models
@@ -80,14 +90,18 @@ class ScriptedProvider:
         self.closed = 0
         self._steps = list(steps)
         self._repeat = repeat
+        self._sleep = anyio.sleep if clock is None else clock.sleep
 
     async def complete(self, request: CompletionRequest) -> Completion:
         step = await self._next(request)
+        await self._pause(step)
         if isinstance(step, Die):
             raise step.error
         if isinstance(step, Hang):
             await anyio.sleep_forever()
         assert isinstance(step, Say)
+        if step.until is not None:
+            await step.until.wait()
         message = step.message or Message(role="assistant", content=step.text)
         return Completion(message=message, finish_reason=step.finish_reason, usage=step.usage, model=request.model)
 
@@ -95,7 +109,11 @@ class ScriptedProvider:
         step = await self._next(request)
         complete = False
         try:
-            for chunk in _chunks(step, request.model):
+            for position, chunk in enumerate(_chunks(step, request.model)):
+                if isinstance(step, Say) and step.until is not None and position == step.after:
+                    await step.until.wait()
+                if chunk.delta:
+                    await self._pause(step)
                 yield chunk
             if isinstance(step, Hang):
                 await anyio.sleep_forever()
@@ -104,6 +122,10 @@ class ScriptedProvider:
                 raise step.error
         finally:
             self.closed += not complete
+
+    async def _pause(self, step: Say | Die | Hang) -> None:
+        if isinstance(step, Say | Die) and step.pause:
+            await self._sleep(step.pause)
 
     async def _next(self, request: CompletionRequest) -> Say | Die | Hang:
         self.calls.append(request)
