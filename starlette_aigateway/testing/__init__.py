@@ -15,6 +15,7 @@ from .ledger import LedgerContract
 from .overriding import Override, override
 from .prices import PriceStoreContract
 from .prompts import PromptStoreContract
+from .provider_contract import ProviderContract, Stuck
 from .providers import After, Die, Hang, Say, ScriptedProvider
 from .recording import Recorded, RecordedCall
 from .tenants import TenantStoreContract
@@ -36,6 +37,7 @@ __all__ = [
     "Override",
     "PriceStoreContract",
     "PromptStoreContract",
+    "ProviderContract",
     "Recorded",
     "RecordedCall",
     "ResponseCacheContract",
@@ -43,6 +45,7 @@ __all__ = [
     "ScriptedProvider",
     "ServerSentEvent",
     "SharedResponseCacheContract",
+    "Stuck",
     "TenantStoreContract",
     "TransportContract",
     "WholeAnswer",
