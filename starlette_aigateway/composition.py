@@ -42,7 +42,7 @@ from .protocols import AuditStore, Clock, IdempotencyStore, KeyStore, Ledger, Ob
 from .providers.simple import RegisteredProvider, adapt
 from .public_prices import PublicPrices
 from .services import Services
-from .settings import MAX_BODY_BYTES, check_image_tokens, check_limits, check_on_disconnect, check_positive
+from .settings import MAX_BODY_BYTES
 from .trail import Trail
 from .types import (
     ImageTokens,
@@ -52,7 +52,8 @@ from .types import (
 
 
 class Composition(Administration):
-    """The arguments are those of `AIGateway` (`settings.SettingFields`). `tap` is told every event at once, before any observer.
+    """The arguments are those of `AIGateway` (`settings.SettingFields`), which has
+    checked their types. `tap` is told every event at once, before any observer.
 
     Constructing opens nothing. Raises `ConfigurationError` and `InvalidArgument`, naming the argument.
     """
@@ -116,12 +117,12 @@ class Composition(Administration):
             prompts=prompts or embedded.prompts(),
             ledger=self.ledger,
             trail=Trail(audit_store or embedded.audit(), clock, random),
-            default_limits=check_limits(default_limits, "default_limits"),
+            default_limits=default_limits,
             clock=clock,
             random=random,
         )
         super().__init__(self.stores)
-        self._limits = check_limits(limits, "limits") or Limits()
+        self._limits = limits or Limits()
         self.embedded = embedded if data_dir is not None else None
         self.providers: dict[str, RegisteredProvider] = {}
         self.observers = Observers(observers, tap)
@@ -131,8 +132,8 @@ class Composition(Administration):
         self.background = Background(
             Drains(
                 timeouts.drain,
-                on_disconnect=check_on_disconnect(on_disconnect),
-                at_most=check_positive(max_drains, "max_drains") or MAX_DRAINS,
+                on_disconnect=on_disconnect,
+                at_most=max_drains,
             )
         )
         self.outbox = Outbox(self.ledger, clock, self.observers.emit, patience=2 * timeouts.storage)
@@ -155,7 +156,7 @@ class Composition(Administration):
                 prices=PriceBook(prices, self._public_prices),
                 background=self.background,
                 outbox=self.outbox,
-                max_drain_bytes=check_positive(max_drain_bytes, "max_drain_bytes") or MAX_DRAIN_BYTES,
+                max_drain_bytes=max_drain_bytes,
                 clock=clock,
                 random=self._ids,
                 emit=self.observers.emit,
@@ -164,10 +165,10 @@ class Composition(Administration):
                 cache=cache or CachePolicy(),
                 timeouts=timeouts,
                 retries=retries or RetryPolicy(),
-                default_max_tokens=check_positive(default_max_tokens, "default_max_tokens"),
-                min_output_tokens=check_positive(min_output_tokens, "min_output_tokens") or MIN_OUTPUT_TOKENS,
+                default_max_tokens=default_max_tokens,
+                min_output_tokens=min_output_tokens,
                 allow_unbounded=frozenset(allow_unbounded),
-                image_tokens=check_image_tokens(image_tokens),
+                image_tokens=image_tokens or ImageTokens(),
                 enforce=enforce,
                 idempotency=Idempotency(
                     self._idempotency, idempotency_policy or IdempotencyPolicy(), clock=clock, random=random, timeouts=timeouts

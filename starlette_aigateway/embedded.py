@@ -81,7 +81,9 @@ class Embedded:
 def directory_of(data_dir: str | os.PathLike[str] | None) -> Path:
     if data_dir is None:
         return Path(os.devnull)  # never used: every store is the host's own
-    if not isinstance(data_dir, str | os.PathLike) or not os.fspath(data_dir):
+    if data_dir == "":
+        raise ConfigurationError("data_dir is empty; '.' is the current directory", param="data_dir")
+    if not isinstance(data_dir, str | os.PathLike):
         raise ConfigurationError(f"data_dir must be a path, not {type(data_dir).__name__}", param="data_dir")
     return Path(data_dir)
 

@@ -23,7 +23,7 @@ from .http.lifespan import Lifespan
 from .http.sse import Dialect, EventStream, EventStreamResponse, writer_of
 from .observing import Tap
 from .quotes import Quote
-from .settings import STORES, SettingFields, check_names
+from .settings import STORES, SettingFields, check_settings
 from .streams import AnswerStream
 from .types import (
     KEY_ID_PREFIX,
@@ -67,7 +67,7 @@ class AIGateway(Administration):
     """
 
     def __init__(self, **settings: Unpack[SettingFields]) -> None:
-        check_names(settings)
+        check_settings(settings)
         self._settings = settings
         self._entered: dict[int, list[AbstractAsyncContextManager[None]]] = {}
         self._adopt(Composition(**settings))
@@ -92,7 +92,7 @@ class AIGateway(Administration):
         """Works through another composition while the block lasts: the settings until now with these `changes`, and stores in a temporary
         directory but for those that `changes` name. Calls that run already, and lifespans, go on with what they began with. For tests:
         `testing.override` is made of it. `tap` is told every event as it happens."""
-        check_names(changes)
+        check_settings(changes)
         path = temporary_path()
         settings = SettingFields(**{**self._settings, **STORES, "data_dir": path, **changes})
         composition = Composition(tap=tap, **settings)

@@ -26,7 +26,11 @@ class AIGatewayMiddleware:
     def __init__(self, app: AnyASGIApp, gateway: AIGateway, *, path: str | None = None, state_name: str = "aigateway") -> None:
         if not isinstance(gateway, AIGateway):
             raise ConfigurationError(f"gateway must be an AIGateway, not {type(gateway).__name__}", param="gateway")
-        if path is not None and (not path.startswith("/") or path.rstrip("/") == ""):
+        if not callable(app):
+            raise ConfigurationError(f"app must be an ASGI app, not {type(app).__name__}", param="app")
+        if not isinstance(state_name, str) or not state_name.isidentifier():
+            raise ConfigurationError("state_name must be a name that `request.state` can have", param="state_name")
+        if path is not None and (not isinstance(path, str) or not path.startswith("/") or path.rstrip("/") == ""):
             raise ConfigurationError("path must start with '/' and name a segment, such as '/api/ai-gateway'", param="path")
         self.app = app
         self.gateway = gateway

@@ -8,8 +8,10 @@ from typing import Any, TypedDict
 
 from limits.aio.storage import Storage
 
+from .checks import CHECKS
 from .drains import OnDisconnect
 from .errors import ConfigurationError
+from .hints import did_you_mean
 from .http.door import AuthorizeAdmin, ResolvePrincipal
 from .policy.caching import CachePolicy
 from .policy.idempotency import IdempotencyPolicy
@@ -74,34 +76,10 @@ STORES: SettingFields = {
 """Every store as the embedded default."""
 
 
-def check_names(settings: Mapping[str, Any]) -> None:
-    """Raises `ConfigurationError` for an argument that there is not."""
-    unknown = settings.keys() - SettingFields.__annotations__.keys()
-    if unknown:
-        name = min(unknown)
-        known = ", ".join(sorted(SettingFields.__annotations__))
-        raise ConfigurationError(f"AIGateway takes no argument {name!r}; there are {known}", param=name)
-
-
-def check_limits(limits: Limits | None, name: str) -> Limits | None:
-    if limits is not None and not isinstance(limits, Limits):
-        raise ConfigurationError(f"{name} must be Limits(...), not {type(limits).__name__}", param=name)
-    return limits
-
-
-def check_positive(value: int | None, name: str) -> int | None:
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-        raise ConfigurationError(f"{name} must be a positive integer", param=name)
-    return value
-
-
-def check_on_disconnect(value: OnDisconnect) -> OnDisconnect:
-    if value not in ("drain", "cancel"):
-        raise ConfigurationError('on_disconnect must be "drain" or "cancel"', param="on_disconnect")
-    return value
-
-
-def check_image_tokens(bounds: ImageTokens | None) -> ImageTokens:
-    if bounds is not None and not isinstance(bounds, ImageTokens):
-        raise ConfigurationError("image_tokens must be an ImageTokens", param="image_tokens")
-    return bounds or ImageTokens()
+def check_settings(settings: Mapping[str, Any]) -> None:
+    """Raises `ConfigurationError` for an argument that there is not, and it or `InvalidArgument` for one that is of no use."""
+    for name, value in settings.items():
+        if name not in CHECKS:
+            hint = did_you_mean(name, CHECKS) or f"; there are {', '.join(sorted(CHECKS))}"
+            raise ConfigurationError(f"AIGateway takes no argument {name!r}{hint}", param=name)
+        CHECKS[name](value, name)

@@ -13,6 +13,7 @@ from msgspec import Struct
 
 from . import money
 from .errors import InvalidArgument
+from .hints import did_you_mean
 from .money import Money
 from .prices import Price as Price
 from .prices import PriceTier as PriceTier
@@ -106,7 +107,8 @@ class Limits:
         if unknown:
             name = min(unknown)
             raise InvalidArgument(
-                f"{type(self).__name__} takes no argument {name!r}; the limits are {', '.join(sorted(LIMIT_NAMES))}",
+                f"{type(self).__name__} takes no argument {name!r}"
+                f"{did_you_mean(name, LIMIT_NAMES) or '; the limits are ' + ', '.join(sorted(LIMIT_NAMES))}",
                 param=name,
             )
         put = object.__setattr__
@@ -514,3 +516,10 @@ class Timeouts(Struct, frozen=True, kw_only=True):
     storage: float = 5.0
     receive: float = 60.0
     send: float = 60.0
+
+    def __post_init__(self) -> None:
+        """Raises `InvalidArgument`."""
+        for name in self.__struct_fields__:
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+                raise InvalidArgument(f"{name} must be a positive number of seconds, not {value!r}", param=name)

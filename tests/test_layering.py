@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1] / PACKAGE
 
 # Layers from the ground up: rooms of one layer do not see each other, a room sees itself and every layer below.
 LAYERS: tuple[dict[str, set[str]], ...] = (
-    {"ground": {"errors", "money", "prices", "types", "accounts", "events"}},
+    {"ground": {"errors", "money", "prices", "types", "accounts", "events", "hints"}},
     {"protocols": {"protocols"}, "wakeup": {"wakeup"}, "entropy": {"entropy"}},
     {"wires": {"wires"}},
     {"policy": {"policy"}},
@@ -31,7 +31,7 @@ LAYERS: tuple[dict[str, set[str]], ...] = (
     },
     {"http": {"http"}},
     {"caller": {"arguments", "caller"}, "auth": {"auth"}},
-    {"gateway": {"composition", "embedded", "gateway", "settings"}},
+    {"gateway": {"checks", "composition", "embedded", "gateway", "settings"}},
     {"middleware": {"middleware"}, "fastapi": {"fastapi"}},
     {"front": {""}},
     {"testing": {"testing"}, "command": {"cli", "commands", "__main__"}},

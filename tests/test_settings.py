@@ -10,8 +10,8 @@ from starlette_aigateway.composition import Composition
 from starlette_aigateway.settings import STORES, SettingFields
 
 
-def test_an_argument_that_there_is_not_is_named_with_those_that_there_are() -> None:
-    with pytest.raises(ConfigurationError, match=r"no argument 'provider'; there are .*\bproviders\b") as caught:
+def test_an_argument_that_there_is_not_is_named_with_the_one_that_was_meant() -> None:
+    with pytest.raises(ConfigurationError, match=r"no argument 'provider'; did you mean 'providers'\?$") as caught:
         AIGateway.in_memory(provider=[])  # type: ignore[call-arg]  # the mistake that is made
     assert caught.value.param == "provider"
 

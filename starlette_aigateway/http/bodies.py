@@ -12,6 +12,7 @@ from starlette.datastructures import Headers
 from starlette.types import Receive
 
 from ..errors import InvalidRequest, RequestTimeout, RequestTooLarge, UnsupportedMediaType
+from ..hints import did_you_mean
 
 MAX_DIGITS = 18
 MAX_VALUES = 100_000
@@ -117,4 +118,5 @@ def known_fields(body: Mapping[str, Any], known: Collection[str], within: str = 
     for name in body:
         if name not in known:
             shown = name[:100]
-            raise InvalidRequest(f"there is no field {shown!r} here; there are {', '.join(sorted(known))}", param=f"{within}{shown}")
+            hint = did_you_mean(shown, known) or f"; there are {', '.join(sorted(known))}"
+            raise InvalidRequest(f"there is no field {shown!r} here{hint}", param=f"{within}{shown}")

@@ -15,10 +15,10 @@ from ..errors import AuthenticationError, ConfigurationError, PermissionDenied, 
 log = logging.getLogger("starlette_aigateway")
 
 
-def check_function(function: object, name: str) -> None:
+def check_function(function: object, name: str, *, takes: str = "the connection") -> None:
     """Raises `ConfigurationError`, naming the argument, for what is not an `async def` of one argument, as far as that can be told."""
     if inspect.isclass(function) or not callable(function):
-        raise ConfigurationError(f"{name} must be an async function of one argument, the connection, not {_kind(function)}", param=name)
+        raise ConfigurationError(f"{name} must be an async function of one argument, {takes}, not {_kind(function)}", param=name)
     called = inspect.unwrap(function)
     if not any(map(inspect.iscoroutinefunction, (called, getattr(called, "__call__", None)))):  # noqa: B004  # the method itself is looked at
         raise ConfigurationError(
@@ -28,7 +28,7 @@ def check_function(function: object, name: str) -> None:
     try:
         inspect.signature(function).bind(object())
     except TypeError as error:
-        raise ConfigurationError(f"{name} must take one argument, the connection: {error}", param=name) from None
+        raise ConfigurationError(f"{name} must take one argument, {takes}: {error}", param=name) from None
     except ValueError:
         return  # it tells nothing of its arguments
 

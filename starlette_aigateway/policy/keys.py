@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 import msgspec
 
 from ..errors import AuthenticationError, InvalidArgument, PermissionDenied
+from ..hints import did_you_mean
 from ..types import LIMIT_NAMES, Key, LimitFields, Limits, Principal, Tenant, check_id, limit_fields, model_names, rfc3339
 from . import plain
 
@@ -173,7 +174,8 @@ def _known(fields: Mapping[str, Any], known: frozenset[str], what: str) -> None:
     unknown = [name for name in fields if name not in known]
     if unknown:
         name = str(unknown[0])
-        raise InvalidArgument(f"{what} has no field {name!r} that can be set; there are {', '.join(sorted(known))}", param=name)
+        hint = did_you_mean(name, known) or f"; there are {', '.join(sorted(known))}"
+        raise InvalidArgument(f"{what} has no field {name!r} that can be set{hint}", param=name)
 
 
 def _limit_changes(fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol, TypeAlias
 
 from msgspec import Struct
 
-from ..errors import InvalidRequest, NoProviderAvailable, NotFound, ProviderError, ProviderRejected
+from ..errors import InvalidArgument, InvalidRequest, NoProviderAvailable, NotFound, ProviderError, ProviderRejected
 
 
 class Route(Protocol):
@@ -50,6 +51,13 @@ class RetryPolicy(Struct, frozen=True, kw_only=True):
 
     rounds: int = 2
     backoff: float = 0.5
+
+    def __post_init__(self) -> None:
+        """Raises `InvalidArgument`."""
+        if isinstance(self.rounds, bool) or not isinstance(self.rounds, int) or self.rounds < 1:
+            raise InvalidArgument("rounds must be an integer of at least 1", param="rounds")
+        if isinstance(self.backoff, bool) or not isinstance(self.backoff, int | float) or not 0 <= self.backoff < math.inf:
+            raise InvalidArgument("backoff must be a number of seconds", param="backoff")
 
 
 class Failure(Struct, frozen=True):

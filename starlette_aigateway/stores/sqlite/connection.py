@@ -129,7 +129,9 @@ def migrate(connection: sqlite3.Connection, schema: Sequence[str], name: str) ->
         applied = _version(connection)
         if applied > len(schema):
             raise ConfigurationError(
-                f"{name} has schema version {applied}, this release knows {len(schema)}: a newer release wrote it; upgrade the package"
+                f"{name} in data_dir has schema version {applied}, and this release knows {len(schema)}: a newer release wrote it."
+                " Upgrade the package to that release, or give this one a data_dir of its own",
+                param="data_dir",
             )
         for script in schema[applied:]:
             for statement in script.split(";\n"):
@@ -177,6 +179,8 @@ def file_system(path: Path) -> str | None:
     best: tuple[int, str] | None = None
     for line in mounts:
         fields = line.split(" ")
+        if len(fields) < 3:
+            continue
         point = Path(fields[1].replace("\\040", " "))
         if resolved.is_relative_to(point) and (best is None or len(point.parts) >= best[0]):
             best = (len(point.parts), fields[2])

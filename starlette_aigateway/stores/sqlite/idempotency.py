@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self, TypeAlias
@@ -12,7 +13,7 @@ import anyio
 import anyio.to_thread
 from msgspec import Struct
 
-from ...errors import AIGatewayError
+from ...errors import AIGatewayError, StorageUnavailable
 from ...policy.budgets import check_moment
 from ...protocols import Claim
 from .commit import GroupCommit
@@ -90,6 +91,10 @@ class SQLiteIdempotencyStore:
         return connect(self._path, durability="FULL", schema=SCHEMA, busy_timeout=self._timeout)
 
     async def __aenter__(self) -> Self:
+        """Raises `ConfigurationError` for a file of a newer release. One that cannot be opened fails the calls that need it, no others."""
+        with suppress(StorageUnavailable):
+            if self._path.exists():
+                await anyio.to_thread.run_sync(lambda: self._connect().close())
         return self
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:

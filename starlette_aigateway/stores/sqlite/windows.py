@@ -10,6 +10,7 @@ import logging
 import sqlite3
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from itertools import groupby
 from pathlib import Path
 from types import TracebackType
@@ -236,6 +237,14 @@ class SQLiteWindowStorage(Storage, MovingWindowSupport, SlidingWindowCounterSupp
         return StorageUnavailable
 
     async def __aenter__(self) -> SQLiteWindowStorage:
+        """Raises `ConfigurationError` for a file of a newer release. Whether calls go on without a file that cannot be opened is the
+        limiter's to say."""
+        try:
+            with suppress(StorageUnavailable):
+                await self._commit.run(Ping())
+        except BaseException:
+            self.close()
+            raise
         return self
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
