@@ -20,20 +20,16 @@ async def collected(provider: ScriptedProvider, into: list[str]) -> None:
         into += [chunk.text] if chunk.text else []
 
 
-async def asleep(clock: FakeClock) -> None:
-    await anyio.wait_all_tasks_blocked()
-    assert clock.sleepers == 1
-
-
 async def test_a_stream_pauses_before_each_word_until_the_clock_has_moved() -> None:
     clock, words = FakeClock(), list[str]()
     with anyio.fail_after(20):
         async with anyio.create_task_group() as group:
             group.start_soon(collected, ScriptedProvider(Say("one two", pause=2), clock=clock), words)
             for expected in ([], ["one "]):
-                await asleep(clock)
+                await anyio.wait_all_tasks_blocked()
+                await clock.slept_on()
                 clock.advance(1.5)
-                await asleep(clock)
+                await anyio.wait_all_tasks_blocked()
                 assert words == expected
                 clock.advance(0.5)
     assert words == ["one ", "two"]
@@ -52,7 +48,7 @@ async def test_a_whole_answer_and_a_failure_take_their_time(step: Any) -> None:
     with anyio.fail_after(20):
         async with anyio.create_task_group() as group:
             group.start_soon(call)
-            await asleep(clock)
+            await clock.slept_on()
             assert ended == []
             clock.advance(3)
     assert ended in (["late"], ["the stream was cut short"])
@@ -63,17 +59,19 @@ async def test_a_clock_moved_in_another_thread_wakes_who_sleeps_on_it() -> None:
     with anyio.fail_after(20):
         async with anyio.create_task_group() as group:
             group.start_soon(clock.sleep, 5)
-            await asleep(clock)
+            await clock.slept_on()
             await anyio.to_thread.run_sync(clock.advance, 5)
-    assert clock.sleepers == 0
 
 
 async def test_nobody_sleeps_for_no_time_and_a_sleep_that_is_cancelled_is_forgotten() -> None:
     clock = FakeClock()
     await clock.sleep(0)
-    with anyio.move_on_after(0):
+    with anyio.move_on_after(0) as scope:
         await clock.sleep(1)
-    assert clock.sleepers == 0
+    assert scope.cancelled_caught
+    with anyio.move_on_after(0) as scope:
+        await clock.slept_on()
+    assert scope.cancelled_caught, "nobody sleeps any more"
 
 
 async def test_a_stream_waits_in_its_middle_for_the_test() -> None:

@@ -14,6 +14,7 @@ class FakeClock:
     def __init__(self, now: float = START) -> None:
         self.now = now
         self._sleeping: dict[Wakeup, float] = {}
+        self._watching: list[Wakeup] = []
 
     def __call__(self) -> float:
         return self.now
@@ -26,13 +27,17 @@ class FakeClock:
         """Waits until the clock has been moved on by so many seconds."""
         sleeper = wakeup()
         self._sleeping[sleeper] = until = round(self.now + seconds, 6)
+        watching, self._watching = self._watching, []
+        ring_all(watching)
         try:
             if until > self.now:
                 await sleeper.wait()
         finally:
             del self._sleeping[sleeper]
 
-    @property
-    def sleepers(self) -> int:
-        """How many wait for it to move."""
-        return len(self._sleeping)
+    async def slept_on(self, count: int = 1) -> None:
+        """Waits until `count` wait for it to move."""
+        while len(self._sleeping) < count:
+            watcher = wakeup()
+            self._watching.append(watcher)
+            await watcher.wait()
