@@ -1,5 +1,6 @@
 """Several worker processes, one `data_dir`: windows, caps and revocations hold over all of them, and a killed process loses nothing."""
 
+import json
 import os
 import signal
 import socket
@@ -191,3 +192,42 @@ async def test_workers_of_one_server_share_the_directory_from_their_first_reques
     raw, _ = await new_key(tmp_path, requests_per_minute=20)
     with worker(tmp_path, "--workers", "2") as server:
         assert await storm([server.url], raw, 60) == {200: 20, 429: 40}
+
+
+@contextmanager
+def preforked(data_dir: Path, **environment: str) -> Iterator[dict[str, Any]]:
+    """Two workers, forked after the app was imported; gives what their parent said of itself."""
+    with subprocess.Popen(
+        [sys.executable, "-m", "tests.prefork"],
+        cwd=ROOT,
+        env={**os.environ, "DATA_DIR": str(data_dir), **environment},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        try:
+            assert process.stdout is not None
+            yield json.loads(process.stdout.readline())
+            process.communicate(timeout=20)
+            assert process.returncode == 0
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+async def test_an_app_that_is_imported_before_the_fork_has_opened_nothing_and_its_workers_share_the_directory(tmp_path: Path) -> None:
+    data_dir = tmp_path / "data"
+    with preforked(data_dir) as parent:
+        assert (parent["opened"], parent["threads"], parent["files"]) == ([], 1, [])
+        raw, _ = await new_key(data_dir, requests_per_minute=20)
+        assert await storm([f"http://127.0.0.1:{parent['port']}/api/ai-gateway"], raw, 60) == {200: 20, 429: 40}
+
+
+async def test_a_gateway_that_was_used_before_the_fork_begins_anew_in_each_worker_and_the_books_are_right(tmp_path: Path) -> None:
+    raw, _ = await new_key(tmp_path, hard_cap_usd="20")
+    with preforked(tmp_path, USED="1") as parent:
+        assert await storm([f"http://127.0.0.1:{parent['port']}/api/ai-gateway"], raw, 60) == {200: 20, 402: 40}
+    async with AIGateway(data_dir=tmp_path) as gateway:
+        assert await gateway.check_ledger() == []
+        assert (await gateway.usage()).totals.calls == 23

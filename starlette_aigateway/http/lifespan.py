@@ -9,6 +9,8 @@ from typing import Any, TypeAlias
 
 from starlette.types import Message, Receive, Scope, Send
 
+from ..errors import ConfigurationError
+
 AnyASGIApp: TypeAlias = Callable[[Any, Any, Any], Awaitable[None]]
 """Each framework types scope, receive and send in its own way (Quart by typed dictionaries); all of them mean ASGI."""
 
@@ -78,6 +80,6 @@ class Lifespan:
 
 
 def in_words(error: BaseException) -> str:
-    """For whoever reads the server's log, with the reason behind it."""
+    """For whoever reads the server's log, with the reason behind it. A wrong configuration says itself what is wrong."""
     cause = error.__cause__
-    return str(error) if cause is None else f"{error}: {type(cause).__name__}: {cause}"
+    return str(error) if cause is None or isinstance(error, ConfigurationError) else f"{error}: {type(cause).__name__}: {cause}"

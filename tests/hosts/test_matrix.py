@@ -1,12 +1,15 @@
 """Every host on every server keeps every promise of `checks.py`; and the table in the documentation is what came out."""
 
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
 
-from .cells import CELLS, HOSTS, NOT_APPLICABLE, SERVERS, Cell, cell_of
+from .cells import CELLS, CHECKOUT, HOSTS, NOT_APPLICABLE, SERVERS, Cell, Server, cell_of, free_port
 from .outcomes import CAME_OUT
 from .run import Fleet
+from .switchboard import PATIENCE
 from .table import DOCUMENT, with_table
 
 ALL_WELL = {cell.name: True for cell in CELLS}
@@ -24,6 +27,14 @@ def fleet(request: pytest.FixtureRequest) -> Iterator[Fleet]:
 @pytest.mark.parametrize("cell", CELLS, ids=lambda cell: cell.name)
 def test_a_host_on_a_server_keeps_every_promise(cell: Cell, fleet: Fleet) -> None:
     fleet.result(cell)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("server", SERVERS, ids=lambda server: server.name)
+def test_a_gateway_that_cannot_start_ends_the_server_with_the_reason(server: Server) -> None:
+    command = [sys.executable, *server.arguments, *server.address.format(port=free_port()).split(), "tests.hosts.cannot_start:app"]
+    ended = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, timeout=PATIENCE)
+    assert "cannot_start.py cannot be created: File exists" in ended.stdout + ended.stderr
 
 
 def test_the_table_in_the_documentation_is_what_came_out(request: pytest.FixtureRequest) -> None:
