@@ -15,7 +15,6 @@ from .switchboard import PATIENCE, Switchboard
 
 ADA = {"x-user": "ada"}
 POOR = {"x-user": "poor"}
-OWN_PIECES = {"delta", "done"}
 
 
 class Visitor:
@@ -98,20 +97,25 @@ def books_a_stream_that_is_left_by_what_it_cost(visitor: Visitor) -> None:
     assert Decimal(visitor.board.heard("record")[-1]["cost"]) == Decimal(COST)
 
 
-def leave(visitor: Visitor, token: str) -> None:
+def leave(visitor: Visitor, token: str, method: str = "POST", path: str = f"{PREFIX}/complete") -> None:
     """On a connection of its own, which closes."""
-    path = visitor.running.url + visitor.running.outside + PREFIX + "/complete"
-    with httpx.Client(timeout=PATIENCE) as client, client.stream("POST", path, json=body(token, stream=True), headers=ADA) as answer:
+    asked = body(token, stream=True) if method == "POST" else None
+    url = visitor.running.url + visitor.running.outside + path
+    with httpx.Client(timeout=PATIENCE) as client, client.stream(method, url, headers=ADA, json=asked) as answer:
         assert "first " in next(answer.iter_text())
 
 
-def notices_a_client_that_left_and_closes_the_provider(visitor: Visitor) -> None:
-    """It has been silent since, so that only the client's leaving can end it: at the end of the drain, booked by an estimate."""
+def notices_clients_that_left_and_closes_the_provider(visitor: Visitor) -> None:
+    """Of the gateway, and of a route of the host. The provider is silent, so that only the client's leaving can end it: at the end of
+    the drain, booked by an estimate."""
     leave(visitor, "silent")
+    leave(visitor, "own-silent", "GET", "/streamed?token=own-silent")
     visitor.board.wait("ended", token="silent")
-    record = visitor.board.wait("record", outcome="estimated")
-    assert record["principal"] == "ada"
-    assert Decimal(0) < Decimal(record["cost"]) <= 1
+    visitor.board.wait("ended", token="own-silent")
+    for already in (0, 1):
+        record = visitor.board.wait_for_more("record", already, outcome="estimated")
+        assert record["principal"] == "ada"
+        assert Decimal(0) < Decimal(record["cost"]) <= 1
 
 
 def gives_refusals_their_own_status(visitor: Visitor) -> None:
@@ -127,6 +131,17 @@ def serves_a_route_of_the_host_in_process(visitor: Visitor) -> None:
     assert visitor.page("/ask").status_code == 401
 
 
+def streams_a_route_of_the_host_piece_by_piece(visitor: Visitor) -> None:
+    page = f"{visitor.running.outside}/streamed"
+    with visitor.client.stream("GET", page, params={"token": "own"}, headers=ADA) as answer:
+        pieces = answer.iter_text()
+        assert "first " in next(pieces)
+        visitor.board.go("own")
+        assert "event: done" in "".join(pieces)
+    assert (answer.status_code, answer.headers["content-type"]) == (200, "text/event-stream; charset=utf-8")
+    assert code(visitor.page("/streamed?token=poor", POOR)) == (402, "spend_cap_exceeded")
+
+
 def code(answer: httpx.Response) -> tuple[int, str]:
     return answer.status_code, answer.json()["error"]["code"]
 
@@ -137,7 +152,8 @@ CHECKS: tuple[Callable[[Visitor], None], ...] = (
     keeps_the_host_s_own_pages_and_knows_where_it_stands,
     streams_piece_by_piece,
     books_a_stream_that_is_left_by_what_it_cost,
-    notices_a_client_that_left_and_closes_the_provider,
     gives_refusals_their_own_status,
     serves_a_route_of_the_host_in_process,
+    streams_a_route_of_the_host_piece_by_piece,
+    notices_clients_that_left_and_closes_the_provider,
 )

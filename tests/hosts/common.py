@@ -19,7 +19,11 @@ COST = "0.02"
 
 DRAIN_SECONDS = 2.0
 PREFIX = "/api/ai-gateway"
-MESSAGES: list[Any] = [{"role": "user", "content": "hello"}]
+
+
+def asks(token: str = "hello") -> dict[str, Any]:
+    """What routes of the hosts ask the model for."""
+    return {"model": "m", "messages": [{"role": "user", "content": token}], "max_tokens": 5}
 
 
 class Guided:

@@ -2,13 +2,14 @@
 
 from typing import Annotated
 
-from fastapi import Depends, FastAPI, HTTPException, Request
-from fastapi.responses import PlainTextResponse
+from fastapi import Depends, FastAPI, HTTPException
+from fastapi.responses import PlainTextResponse, Response
 from starlette.requests import HTTPConnection
 
 from starlette_aigateway import AIGatewayMiddleware, Principal
+from starlette_aigateway.fastapi import Caller
 
-from .common import MESSAGES, PREFIX, make_gateway, principal_of
+from .common import PREFIX, asks, make_gateway, principal_of
 
 
 async def current_user(connection: HTTPConnection) -> str:
@@ -34,6 +35,11 @@ async def hello() -> str:
 
 
 @app.get("/ask")
-async def ask(request: Request, user: Annotated[str, Depends(current_user)]) -> dict[str, str]:
-    answer = await request.state.aigateway.complete(model="m", messages=MESSAGES, max_tokens=5)
+async def ask(caller: Caller, user: Annotated[str, Depends(current_user)]) -> dict[str, str]:
+    answer = await caller.complete(**asks())
     return {"answer": str(answer.message["content"]), "cost": str(answer.cost_usd)}
+
+
+@app.get("/streamed")
+async def streamed(caller: Caller, token: str) -> Response:
+    return await caller.stream_response(**asks(token))

@@ -3,10 +3,11 @@
 from typing import Any
 
 from litestar import Litestar, MediaType, Request, Response, get
+from litestar.types import ASGIApp
 
 from starlette_aigateway import AIGatewayError, AIGatewayMiddleware, render_error
 
-from .common import MESSAGES, PREFIX, make_gateway
+from .common import PREFIX, asks, make_gateway
 
 gateway = make_gateway()
 
@@ -19,8 +20,14 @@ async def hello() -> str:
 @get("/ask")
 async def ask(request: Request[Any, Any, Any]) -> dict[str, str]:
     caller = await gateway.caller(request.scope)
-    answer = await caller.complete(model="m", messages=MESSAGES, max_tokens=5)
+    answer = await caller.complete(**asks())
     return {"answer": str(answer.message["content"]), "cost": str(answer.cost_usd)}
+
+
+@get("/streamed")
+async def streamed(request: Request[Any, Any, Any], token: str) -> ASGIApp:
+    caller = await gateway.caller(request.scope)
+    return await caller.stream_response(**asks(token))  # type: ignore[return-value]  # Litestar types ASGI by dictionaries of its own
 
 
 def refused(request: Request[Any, Any, Any], error: AIGatewayError) -> Response[bytes]:
@@ -28,4 +35,4 @@ def refused(request: Request[Any, Any, Any], error: AIGatewayError) -> Response[
     return Response(body, status_code=status, headers=headers)
 
 
-app = AIGatewayMiddleware(Litestar([hello, ask], exception_handlers={AIGatewayError: refused}), gateway, path=PREFIX)
+app = AIGatewayMiddleware(Litestar([hello, ask, streamed], exception_handlers={AIGatewayError: refused}), gateway, path=PREFIX)

@@ -9,10 +9,7 @@ from .cells import Cell, serve
 from .checks import CHECKS, Visitor
 from .switchboard import switchboard
 
-AT_ONCE = 4
-
-Outcome = dict[str, Exception | None]
-"""What came of each check, by its name: nothing, if all was well."""
+AT_ONCE = 6
 
 
 def run(cell: Cell) -> None:

@@ -8,7 +8,7 @@ from starlette.routing import Mount, Route
 
 from starlette_aigateway import AIGatewayMiddleware
 
-from .common import MESSAGES, PREFIX, make_gateway
+from .common import PREFIX, asks, make_gateway
 
 gateway = make_gateway()
 
@@ -18,11 +18,16 @@ async def hello(request: Request) -> Response:
 
 
 async def ask(request: Request) -> Response:
-    answer = await request.state.aigateway.complete(model="m", messages=MESSAGES, max_tokens=5)
+    answer = await request.state.aigateway.complete(**asks())
     return JSONResponse({"answer": answer.message["content"], "cost": str(answer.cost_usd)})
 
 
+async def streamed(request: Request) -> Response:
+    response: Response = await request.state.aigateway.stream_response(**asks(request.query_params["token"]))
+    return response
+
+
 app = Starlette(
-    routes=[Route("/hello", hello), Route("/ask", ask), Mount(PREFIX, gateway)],
+    routes=[Route("/hello", hello), Route("/ask", ask), Route("/streamed", streamed), Mount(PREFIX, gateway)],
     middleware=[Middleware(AIGatewayMiddleware, gateway=gateway)],
 )

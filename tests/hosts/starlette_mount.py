@@ -7,7 +7,7 @@ from starlette.routing import Mount, Route
 
 from starlette_aigateway import AIGatewayError, render_error
 
-from .common import MESSAGES, PREFIX, make_gateway
+from .common import PREFIX, asks, make_gateway
 
 gateway = make_gateway()
 
@@ -18,8 +18,13 @@ async def hello(request: Request) -> Response:
 
 async def ask(request: Request) -> Response:
     caller = await gateway.caller(request)
-    answer = await caller.complete(model="m", messages=MESSAGES, max_tokens=5)
+    answer = await caller.complete(**asks())
     return JSONResponse({"answer": answer.message["content"], "cost": str(answer.cost_usd)})
+
+
+async def streamed(request: Request) -> Response:
+    caller = await gateway.caller(request)
+    return await caller.stream_response(**asks(request.query_params["token"]))
 
 
 async def refused(request: Request, error: Exception) -> Response:
@@ -28,6 +33,6 @@ async def refused(request: Request, error: Exception) -> Response:
 
 
 app = Starlette(
-    routes=[Route("/hello", hello), Route("/ask", ask), Mount(PREFIX, gateway)],
+    routes=[Route("/hello", hello), Route("/ask", ask), Route("/streamed", streamed), Mount(PREFIX, gateway)],
     exception_handlers={AIGatewayError: refused},
 )
