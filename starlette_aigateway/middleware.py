@@ -7,6 +7,7 @@ from typing import Any
 from starlette.requests import HTTPConnection
 from starlette.types import Message, Receive, Scope, Send
 
+from .caller import STATE_NAME
 from .errors import AIGatewayError, ConfigurationError
 from .gateway import AIGateway
 from .http.app import below_root, route_path
@@ -23,7 +24,7 @@ class AIGatewayMiddleware:
     `render_error` with it.
     """
 
-    def __init__(self, app: AnyASGIApp, gateway: AIGateway, *, path: str | None = None, state_name: str = "aigateway") -> None:
+    def __init__(self, app: AnyASGIApp, gateway: AIGateway, *, path: str | None = None, state_name: str = STATE_NAME) -> None:
         if not isinstance(gateway, AIGateway):
             raise ConfigurationError(f"gateway must be an AIGateway, not {type(gateway).__name__}", param="gateway")
         if not callable(app):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import aclosing, asynccontextmanager
 from decimal import Decimal
@@ -45,7 +46,7 @@ from starlette_aigateway.errors import InvalidArgument, ProviderError
 from starlette_aigateway.events import CallRecorded, Event
 from starlette_aigateway.fastapi import Caller, caller_from
 from starlette_aigateway.providers import EchoProvider
-from starlette_aigateway.testing import ASGIClient, Die, Say, ScriptedProvider
+from starlette_aigateway.testing import ASGIClient, Die, Say, ScriptedProvider, override
 from starlette_aigateway.types import Message, Usage
 from starlette_aigateway.wires import openai_chat
 
@@ -588,6 +589,18 @@ async def test_an_open_event_stream_can_be_closed_unread() -> None:
         await events.aclose()
     async with gateway:
         assert [record.cost_usd for record in (await gateway.usage()).data] == [COST]
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_an_event_stream_that_a_framework_forgets_is_settled_all_the_same() -> None:
+    gateway = gateway_with()
+    async with override(gateway, providers=[ScriptedProvider(Say("word " * 100))]) as recorded:
+        events = await gateway.acting_as(USER).event_stream(model="m", messages=HELLO)
+        del events
+        gc.collect()
+        with anyio.fail_after(20):
+            (record,) = await recorded.booked(1)
+    assert record.cost_usd == COST
 
 
 async def test_an_event_stream_ends_with_the_error_that_broke_it_off() -> None:

@@ -268,6 +268,29 @@ def test_only_a_gateway_can_be_overridden() -> None:
         override(object())  # type: ignore[arg-type]  # what is wrong with it is the test
 
 
+async def test_stores_of_the_host_s_own_are_not_touched(tmp_path: Path) -> None:
+    class Untouchable:
+        def __getattr__(self, name: str) -> Any:
+            async def verb(*arguments: Any, **named: Any) -> Any:
+                raise AssertionError(f"a test has asked the host's own store: {name}")
+
+            return verb
+
+    kept: Any = Untouchable()
+    gateway = AIGateway(
+        data_dir=tmp_path / "real", keys=kept, tenants=kept, price_store=kept, prompts=kept, responses=kept, windows=kept,
+        idempotency=kept, audit_store=kept,
+    )  # fmt: skip
+    async with override(gateway) as recorded:
+        raw_key, _ = await gateway.create_key("inside", tenant="acme", requests_per_minute=5)
+        await gateway.save_prompt("p", "hello")
+        async with ASGIClient(app_of(gateway)) as client:
+            body = {"model": "m", "prompt": {"name": "p"}, "messages": HELLO}
+            answer = await client.post("/ai/complete", json=body, headers={"x-api-key": raw_key, "idempotency-key": "k"})
+    assert answer.status == 200
+    assert len(recorded.calls) == 1
+
+
 async def test_what_was_kept_inside_is_gone_with_the_block(gateway: AIGateway) -> None:
     async with override(gateway, principal=ADA):
         await gateway.create_key("inside")
