@@ -6,6 +6,7 @@ import base64
 import binascii
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from urllib.parse import unquote_to_bytes
 
 from starlette.requests import HTTPConnection
@@ -15,7 +16,8 @@ from ..policy import keys
 CARRIERS = frozenset({b"authorization", b"proxy-authorization", b"x-api-key", b"api-key", b"x-goog-api-key"})
 """Headers that are there to carry credentials: what starts like a key in one of them is meant as one, mistyped or not."""
 
-_START = rb"(?<![0-9A-Za-z_.-])" + keys.PREFIX.encode()
+_PREFIX = keys.PREFIX.encode()
+_START = rb"(?<![0-9A-Za-z_.-])" + _PREFIX
 LIKE_A_KEY = re.compile(_START)
 SURELY_A_KEY = re.compile(_START + rb"[0-9A-Za-z]{20}")
 
@@ -35,7 +37,7 @@ def misplaced_key(connection: HTTPConnection) -> str | None:
     for name, value in connection.headers.raw:
         name = name.lower()
         pattern = LIKE_A_KEY if name in CARRIERS else SURELY_A_KEY
-        if any(pattern.search(text) for text in _readings(name, value)):
+        if any(_PREFIX in text and pattern.search(text) for text in _readings(name, value)):
             return f"the header {name.decode('latin-1')}"
     query: bytes = connection.scope.get("query_string", b"")
     return "the query string" if SURELY_A_KEY.search(unquote_to_bytes(query)) else None
@@ -44,9 +46,8 @@ def misplaced_key(connection: HTTPConnection) -> str | None:
 def _readings(name: bytes, value: bytes) -> Iterator[bytes]:
     """The value as it came, and the user and password of `Basic` (RFC 7617)."""
     yield value
-    scheme, _, rest = value.partition(b" ")
-    if name in CARRIERS and scheme.lower() == b"basic":
-        try:
-            yield base64.b64decode(rest.strip() + b"==")
-        except binascii.Error:
-            return
+    if name in CARRIERS:
+        scheme, _, rest = value.partition(b" ")
+        if scheme.lower() == b"basic":
+            with suppress(binascii.Error):
+                yield base64.b64decode(rest.strip() + b"==")
