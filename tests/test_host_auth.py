@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 from collections.abc import AsyncIterator
 from functools import partial
@@ -178,6 +179,7 @@ WRONG: list[tuple[Any, int, str]] = [
     (ExceptionGroup("", [HTTPException(401), HTTPException(401)]), 503, "login_unavailable"),
     (BaseExceptionGroup("", [Strange("secret-password"), HTTPException(401)]), 503, "login_unavailable"),
     (Strange("secret-password"), 503, "login_unavailable"),
+    (asyncio.CancelledError(), 503, "login_unavailable"),
     (StopAsyncIteration(), 503, "login_unavailable"),
     (Limits(), 503, "login_unavailable"),
     ("alice", 503, "login_unavailable"),

@@ -11,6 +11,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import HTTPConnection
 
 from ..errors import AuthenticationError, ConfigurationError, PermissionDenied, StorageUnavailable
+from ..wakeup import was_cancelled
 
 log = logging.getLogger("starlette_aigateway")
 
@@ -63,7 +64,10 @@ def _is_refusal(error: BaseException) -> bool:
 
 
 def _ends_the_task(error: BaseException) -> bool:
-    return isinstance(error, KeyboardInterrupt | SystemExit | GeneratorExit | anyio.get_cancelled_exc_class())
+    """Also a cancellation, but for one that only something was meant by that the host's code waited for."""
+    if isinstance(error, anyio.get_cancelled_exc_class()):
+        return was_cancelled()
+    return isinstance(error, KeyboardInterrupt | SystemExit | GeneratorExit)
 
 
 def _sole(error: BaseException) -> BaseException:
