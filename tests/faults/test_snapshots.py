@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sqlite3
 from pathlib import Path
 
@@ -15,7 +16,8 @@ from starlette_aigateway.testing.ledger_kit import NOON, completed, hold_request
 from starlette_aigateway.testing.providers import After, Say, ScriptedProvider
 from starlette_aigateway.types import Usage
 
-from .kit import read
+from .kit import FaultyLedger, outcomes, read
+from .kit import gateway_over as gateway_with
 from .service import gateway_over
 
 pytestmark = pytest.mark.anyio
@@ -46,6 +48,25 @@ async def test_a_price_that_changes_while_a_call_runs_holds_for_later_calls_only
         assert (first.price, first.cost) == (OLD, 20_000_000)
         assert (later.price, later.cost) == (NEW, 115_000_000)
         assert await gateway.check_ledger() == []
+
+
+async def test_the_lease_of_a_stream_that_goes_on_ends_as_much_later_as_it_was_long(
+    ledger: FaultyLedger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seconds = itertools.count(step=25.0)
+    monkeypatch.setattr("starlette_aigateway.attempt.monotonic", lambda: next(seconds))
+    monkeypatch.setattr("starlette_aigateway.attempt.lease", lambda *_: 60.0)
+    ends: list[float] = []
+
+    async def renew(hold_id: str, expires_at: float, *, now: float) -> bool:
+        ends.append(expires_at - now)
+        return await FaultyLedger.renew(ledger, hold_id, expires_at, now=now)
+
+    ledger.renew = renew  # type: ignore[method-assign]  # told when the lease is to end
+    async with gateway_with(ledger, ScriptedProvider("one two three four")) as gateway:
+        await read(gateway, stream=True)
+        assert set(ends) == {60.0}
+        assert await outcomes(gateway) == ["completed"]
 
 
 async def test_a_settlement_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
