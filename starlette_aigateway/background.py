@@ -143,6 +143,12 @@ class Background:
         """Whether work may be shared between requests: there is an owner that outlives each of them."""
         return self._owner() is not None
 
+    @property
+    def movable(self) -> bool:
+        """Whether the block of a job may be left by another task than the one that entered it: not where the job needs a task group of
+        its own."""
+        return self.shared or _on_asyncio()
+
     def _owner(self) -> Owner | None:
         if not self._owners:
             return None

@@ -201,12 +201,12 @@ class AIGateway(Administration):
         include_usage: bool = False,
         **options: Unpack[OptionFields],
     ) -> EventStream:
-        """The same, let in already, for frameworks that have responses of their own. It has to be read to its end or closed. Raises
-        `ConfigurationError` outside of the gateway's lifespan, since the stream outlives this call."""
+        """The same, let in already, for frameworks that have responses of their own. It has to be read to its end or closed. On
+        trio, outside of the gateway's lifespan, it raises `ConfigurationError`: the stream outlives this call, and has no owner there."""
         checked, chosen, request_id = check_request(request), call_options(options), self.mint_request_id()
         writer = writer_of(check_dialect(format), checked.model, include_usage)
-        if not self._composition.background.shared:
-            raise ConfigurationError("event_stream(...) needs the gateway's lifespan: AIGatewayMiddleware, or gateway.lifespan()")
+        if not self._composition.background.movable:
+            raise ConfigurationError("event_stream(...) on trio needs the gateway's lifespan: AIGatewayMiddleware, or gateway.lifespan()")
         opened = self._stream(who, checked, chosen, request_id)
         stream = await opened.__aenter__()
         return EventStream(opened, stream, writer(stream), request_id)

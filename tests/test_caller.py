@@ -618,6 +618,26 @@ async def test_what_refuses_an_event_stream_is_raised_before_there_is_one() -> N
             await gateway.acting_as(POOR).event_stream(model="m", messages=HELLO)
 
 
-async def test_an_event_stream_needs_somebody_who_owns_it() -> None:
+@pytest.mark.parametrize("anyio_backend", ["trio"])
+async def test_an_event_stream_needs_somebody_who_owns_it_on_trio() -> None:
     with pytest.raises(ConfigurationError, match="lifespan"):
         await gateway_with().acting_as(USER).event_stream(model="m", messages=HELLO)
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+@pytest.mark.parametrize("whole", [True, False])
+async def test_an_event_stream_on_asyncio_needs_no_lifespan(whole: bool) -> None:
+    gateway = gateway_with(ScriptedProvider(Say("word " * 100)))
+    events = await gateway.acting_as(USER).event_stream(model="m", messages=HELLO)
+
+    async def read() -> None:
+        async with aclosing(aiter(events)) as parts:
+            async for _ in parts:
+                if not whole:
+                    return
+
+    with anyio.fail_after(20):
+        async with anyio.create_task_group() as group:
+            group.start_soon(read)
+    assert [record.outcome for record in (await gateway.usage()).data] == ["completed"]
+    assert events.cost_usd == (COST if whole else None)
