@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import socket
-import subprocess
 import sys
-import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from .switchboard import PATIENCE, Switchboard
+from .processes import free_port, serving
+from .switchboard import Switchboard
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 ROOT_PATH = "/below"
@@ -111,7 +107,6 @@ def cell_of(test: pytest.Item) -> Cell | None:
 class Running:
     """A served cell. `outside` is what a client puts before every path; `stands_at` is where the gateway then is."""
 
-    process: subprocess.Popen[str]
     url: str
     outside: str
     stands_at: str
@@ -126,57 +121,8 @@ def serve(cell: Cell, board: Switchboard) -> Iterator[Running]:
     command = [sys.executable, *server.arguments, *server.address.format(port=port).split()]
     if cell.nested:
         command += [server.root_path, ROOT_PATH]
-    environment = {**os.environ, "SWITCHBOARD": str(board.port), "HOST": cell.module, "PYTHONUNBUFFERED": "1"}
-    with subprocess.Popen(
-        [*command, app], cwd=CHECKOUT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    ) as process:
-        output = Output(process)
-        try:
-            output.wait_for(server.ready)
-            outside = "" if not cell.nested else "/outer" if server.strips else f"{ROOT_PATH}/outer"
-            stands_at = f"{ROOT_PATH}/outer/api/ai-gateway" if cell.nested else "/api/ai-gateway"
-            yield Running(process, f"http://127.0.0.1:{port}", outside, stands_at)
-            process.send_signal(signal.SIGTERM)
-            process.wait(PATIENCE)
-        except BaseException as error:
-            error.add_note(f"{' '.join(command)} {app}\n{output.text}")
-            raise
-        finally:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-
-
-class Output:
-    """What a process writes, read all the time: a full pipe would stop it."""
-
-    def __init__(self, process: subprocess.Popen[str]) -> None:
-        self._process = process
-        self._lines: list[str] = []
-        self._ended = False
-        self._news = threading.Condition()
-        threading.Thread(target=self._read, daemon=True).start()
-
-    def _read(self) -> None:
-        assert self._process.stdout is not None
-        with suppress(ValueError):  # closed meanwhile
-            for line in self._process.stdout:
-                with self._news:
-                    self._lines.append(line)
-                    self._news.notify_all()
-        with self._news:
-            self._ended = True
-            self._news.notify_all()
-
-    def wait_for(self, sign: str) -> None:
-        with self._news:
-            self._news.wait_for(lambda: self._ended or sign in self.text, PATIENCE)
-        assert sign in self.text, "the server did not start"
-
-    @property
-    def text(self) -> str:
-        return "".join(self._lines)
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
+    environment = {"SWITCHBOARD": str(board.port), "HOST": cell.module}
+    with serving([*command, app], server.ready, CHECKOUT, environment):
+        outside = "" if not cell.nested else "/outer" if server.strips else f"{ROOT_PATH}/outer"
+        stands_at = f"{ROOT_PATH}/outer/api/ai-gateway" if cell.nested else "/api/ai-gateway"
+        yield Running(f"http://127.0.0.1:{port}", outside, stands_at)

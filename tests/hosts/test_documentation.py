@@ -3,19 +3,18 @@
 import re
 import sys
 from collections.abc import Iterator
-from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
 
-from tests.serving import serve
-
+from .cells import CHECKOUT, SERVERS
 from .common import PREFIX
+from .processes import free_port, serving
 from .table import DOCUMENT
 
 BLOCKS = re.findall(r"^```python\n(.*?)^```", DOCUMENT.read_text(), re.DOTALL | re.MULTILINE)
+UVICORN = SERVERS[0]
 GATEWAY = next(block for block in BLOCKS if "gateway = AIGateway(" in block)
 MOUNTS = [block for block in BLOCKS if "from ai import gateway" in block]
 DJANGO = "SECRET_KEY = 'of a test'\nROOT_URLCONF = __name__\nurlpatterns = []\nALLOWED_HOSTS = ['127.0.0.1']\nUSE_TZ = True\n"
@@ -28,18 +27,16 @@ def framework(block: str) -> str:
 
 
 @pytest.fixture
-def host(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def host(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     """The base URL of the app that a block makes, in a directory that has nothing but what the page says."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setenv("DJANGO_SETTINGS_MODULE", "site_settings")
     modules = {"ai": GATEWAY, "site_settings": DJANGO, "site_app": request.param}
     for name, source in modules.items():
         (tmp_path / f"{name}.py").write_text(source)
-        sys.modules.pop(name, None)
-    module: Any = import_module("site_app")
-    with serve(getattr(module, "application", None) or module.app) as url:
-        yield url
+    app = "application" if "\napplication =" in request.param else "app"
+    port = free_port()
+    command = [sys.executable, "-m", "uvicorn", f"site_app:{app}", "--port", str(port)]
+    with serving(command, UVICORN.ready, tmp_path, {"DJANGO_SETTINGS_MODULE": "site_settings", "PYTHONPATH": str(CHECKOUT)}):
+        yield f"http://127.0.0.1:{port}"
 
 
 @pytest.mark.parametrize("host", MOUNTS, ids=framework, indirect=True)

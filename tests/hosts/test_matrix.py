@@ -6,8 +6,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from .cells import CELLS, CHECKOUT, HOSTS, NOT_APPLICABLE, SERVERS, Cell, Server, cell_of, free_port
+from .cells import CELLS, CHECKOUT, HOSTS, NOT_APPLICABLE, SERVERS, Cell, Server, cell_of
 from .outcomes import CAME_OUT
+from .processes import free_port
 from .run import Fleet
 from .switchboard import PATIENCE
 from .table import DOCUMENT, with_table

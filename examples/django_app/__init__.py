@@ -1,0 +1,1 @@
+"""A Django project with a gateway: `asgi.py` says how it is served."""
