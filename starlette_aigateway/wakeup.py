@@ -107,11 +107,13 @@ class Latch:
 
 
 class Turn:
-    """`async with turn:` one at a time in this process, whichever event loop a task is of. anyio's lock belongs to one loop."""
+    """`async with turn:` one at a time in this process, whichever event loop a task is of. anyio's lock belongs to one loop.
+
+    Raises `RuntimeError` in a task that has the turn already: it would wait for itself."""
 
     def __init__(self) -> None:
         self._guard = threading.Lock()
-        self._taken = False
+        self._holder: int | None = None
         self._waiting: list[Wakeup] = []
 
     async def __aenter__(self) -> None:
@@ -119,10 +121,13 @@ class Turn:
             await waiting.wait()
 
     def _take_or_queue(self) -> Wakeup | None:
+        task = anyio.get_current_task().id
         with self._guard:
-            if not self._taken:
-                self._taken = True
+            if self._holder is None:
+                self._holder = task
                 return None
+            if self._holder == task:
+                raise RuntimeError("a task that has its turn asked for it again")
             waiting = wakeup()
             self._waiting.append(waiting)
             return waiting
@@ -130,7 +135,7 @@ class Turn:
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         """Wakes all who wait, of whom the first takes the next turn: one that was cancelled meanwhile keeps it from nobody."""
         with self._guard:
-            self._taken = False
+            self._holder = None
             waiting, self._waiting = self._waiting, []
         ring_all(waiting)
 

@@ -247,6 +247,17 @@ def test_a_host_without_a_lifespan_still_works(gateway: AIGateway) -> None:
         assert httpx.get(f"{base}/ai/readyz").status_code == 200
 
 
+def test_with_lifespans_turned_off_the_gateway_starts_at_its_first_request_and_books_what_is_left(
+    gateway: AIGateway, gated: GatedProvider, booked: Booked
+) -> None:
+    with serve(make_app(gateway, "wrapped"), lifespan="off") as base:
+        with httpx.stream("POST", f"{base}/api/ai-gateway/complete", json=BODY, headers={"x-user": "ada"}, timeout=20) as answer:
+            assert b"first " in next(answer.iter_bytes())
+        gated.go.set()
+        assert booked.arrived.wait(10)
+    assert booked.records[0].outcome == "completed"
+
+
 def test_a_resolver_that_fails_lets_nobody_through_and_its_own_refusals_keep_their_status() -> None:
     from starlette.exceptions import HTTPException
 

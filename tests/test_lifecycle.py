@@ -186,6 +186,16 @@ async def test_what_a_start_has_opened_is_closed_when_the_rest_of_it_fails() -> 
     assert (first.log, second.log) == (["open", "close"], ["open"])
 
 
+async def test_a_provider_that_asks_the_gateway_while_it_is_being_opened_is_told_so_and_nothing_hangs() -> None:
+    async def ask() -> None:
+        await gateway.create_key("too early")
+
+    gateway = gateway_of(Door(opening=ask))
+    with anyio.fail_after(10), pytest.raises(StorageUnavailable) as refused:
+        await gateway.ready()
+    assert "asked for it again" in str(refused.value.__cause__)
+
+
 # -- stopping and starting again -------------------------------------------------------------------------------------------------------
 
 
