@@ -54,6 +54,11 @@ class Cell:
         return "-".join(words)
 
     @property
+    def has_lifespan(self) -> bool:
+        """Whether something starts and stops the gateway."""
+        return self.host.stops or self.nested
+
+    @property
     def module(self) -> str:
         on_trio = self.server.loop == "trio" and self.host.on_trio
         return on_trio or self.host.module

@@ -60,7 +60,8 @@ def token_of(request: CompletionRequest) -> str:
 async def report(event: Event) -> None:
     if isinstance(event, CallRecorded):
         record = event.record
-        await say(kind="record", principal=record.principal, outcome=record.outcome, cost=str(record.cost_usd), model=record.model)
+        facts = {"request_id": record.request_id, "principal": record.principal, "outcome": record.outcome}
+        await say(kind="record", cost=str(record.cost_usd), **facts)
 
 
 async def by_header(connection: HTTPConnection) -> Principal | None:

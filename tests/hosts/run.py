@@ -20,11 +20,10 @@ def run(cell: Cell) -> None:
             with visitor.client:
                 for check in CHECKS:
                     check(visitor)
-        stops = cell.host.stops or cell.nested
-        if stops:
+        if cell.has_lifespan:
             board.wait("stopped")
         counted = (len(board.heard("started")), len(board.heard("stopped")))
-        assert counted == (1, 1 if stops else 0), f"started and stopped {counted} times"
+        assert counted == (1, 1 if cell.has_lifespan else 0), f"started and stopped {counted} times"
 
 
 class Fleet:

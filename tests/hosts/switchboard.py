@@ -67,14 +67,9 @@ class Switchboard:
 
     def wait(self, kind: str, **facts: Any) -> Said:
         """The first of this kind that says so, when it has come."""
-        return self.wait_for_more(kind, 0, **facts)
-
-    def wait_for_more(self, kind: str, than: int, **facts: Any) -> Said:
-        """The next one after so many."""
         with self._news:
-            came = self._news.wait_for(lambda: len(self.heard(kind, **facts)) > than, PATIENCE)
-            assert came, f"no {kind} {facts} after {than}; heard {self._said}"
-        return self.heard(kind, **facts)[than]
+            assert self._news.wait_for(lambda: self.heard(kind, **facts), PATIENCE), f"no {kind} {facts}; heard {self._said}"
+        return self.heard(kind, **facts)[0]
 
     def go(self, token: str) -> None:
         """Lets the provider of this stream go on."""

@@ -28,6 +28,7 @@ def table(came_out: Mapping[str, bool]) -> str:
         "",
         "✓ stands for each of these, alone and nested:",
         *(f"- {check.__name__.replace('_s_', '’s ').replace('_', ' ')}" for check in CHECKS),
+        "- is started and stopped once, with the server; on a bare mount, alone, started once",
         "",
         *(f"[^{number}]: {reason}" for number, reason in enumerate(NOT_APPLICABLE.values(), 1)),
     ]
