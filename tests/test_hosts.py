@@ -10,11 +10,14 @@ import anyio
 import httpx
 import pytest
 import quart
+import websockets.exceptions
+import websockets.sync.client
 from quart import Quart
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
-from starlette.routing import Mount, Route
+from starlette.routing import Mount, Route, WebSocketRoute
+from starlette.websockets import WebSocket
 
 from starlette_aigateway import (
     AIGateway,
@@ -256,6 +259,28 @@ def test_with_lifespans_turned_off_the_gateway_starts_at_its_first_request_and_b
         gated.go.set()
         assert booked.arrived.wait(10)
     assert booked.records[0].outcome == "completed"
+
+
+@pytest.mark.parametrize("how", ["mounted", "middleware", "wrapped"])
+def test_a_websocket_of_the_host_passes_and_calls_as_whoever_opened_it_and_the_gateway_takes_none(gateway: AIGateway, how: str) -> None:
+    async def chat(socket: WebSocket) -> None:
+        await socket.accept()
+        caller = await gateway.caller(socket)
+        async for text in socket.iter_text():
+            answer = await caller.complete(model="echo", messages=[{"role": "user", "content": text}], max_tokens=50)
+            await socket.send_text(f"{(await caller.principal()).id}: {answer.message['content']}")
+
+    app = make_app(gateway, how)
+    (app if how != "wrapped" else app.app).router.routes.insert(0, WebSocketRoute("/chat", chat))
+    with serve(app, ws="websockets-sansio") as base:
+        url = base.replace("http", "ws")
+        with websockets.sync.client.connect(f"{url}/chat", additional_headers={"x-user": "ada"}) as socket:
+            socket.send("one")
+            assert socket.recv(10) == "ada: one"
+            socket.send("two")
+            assert socket.recv(10) == "ada: two"
+        with pytest.raises(websockets.exceptions.InvalidStatus, match="403"):
+            websockets.sync.client.connect(f"{url}/api/ai-gateway/complete", additional_headers={"x-user": "ada"})
 
 
 def test_a_resolver_that_fails_lets_nobody_through_and_its_own_refusals_keep_their_status() -> None:
