@@ -22,6 +22,7 @@ AIGatewayError
 │   ├── ProviderRejected            the provider refused the request itself; another would as well
 │   └── NoProviderAvailable         every target is failing or its circuit is open
 ├── StorageUnavailable              a store cannot be reached; nothing was let through
+│   └── StorageDamaged              the host has to mend a file: what to do is told to the host, not to callers
 ├── PriceUnknown                    the host priced no model of that name, and a cap has to be held
 └── ConfigurationError              the host's own code has to be mended; raised at construction or start
 """
@@ -221,6 +222,10 @@ class NoProviderAvailable(ProviderError):
 
 class StorageUnavailable(AIGatewayError):
     default_code = "storage_unavailable"
+
+
+class StorageDamaged(StorageUnavailable):
+    """A file is damaged, gone or older than what was committed to it. The message says what to do, for the log and the start."""
 
 
 class PriceUnknown(AIGatewayError):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from starlette_aigateway import errors
 from starlette_aigateway.errors import AIGatewayError
-from starlette_aigateway.http.errors import STATUS, UNCONFIGURED, error_response, status_of
+from starlette_aigateway.http.errors import DAMAGED, STATUS, UNCONFIGURED, error_response, status_of
 from starlette_aigateway.types import WindowClaim, WindowState
 
 
@@ -82,6 +82,13 @@ def test_a_wrong_configuration_is_the_hosts_business_and_not_the_callers() -> No
     error = errors.ConfigurationError("data_dir /srv/secret is not writable", param="data_dir", details={"path": "/srv/secret"})
     body = json.loads(bytes(error_response(error).body))["error"]
     assert (body["message"], body["param"], body["details"]) == (UNCONFIGURED, None, None)
+
+
+def test_what_the_host_has_to_do_about_a_damaged_file_is_not_told_to_callers() -> None:
+    error = errors.StorageDamaged("ledger.db is damaged: stop the service and put a backup back")
+    answer = error_response(error)
+    body = json.loads(bytes(answer.body))["error"]
+    assert (answer.status_code, body["code"], body["message"]) == (503, "storage_unavailable", DAMAGED)
 
 
 def test_a_refusal_by_a_window_tells_the_tightest_one_of_each_kind() -> None:

@@ -10,13 +10,13 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from ..administration import Administration
-from ..errors import AIGatewayError, ConfigurationError, NotFound, RequestError, RequestTimeout, RequestTooLarge
+from ..errors import AIGatewayError, NotFound, RequestError, RequestTimeout, RequestTooLarge
 from ..observing import Observers
 from ..pipeline import Pipeline
 from .bodies import ClientLeft
 from .connection import Connection
 from .door import Door
-from .errors import error_response, host_refusal
+from .errors import TO_THE_HOST, error_response, host_refusal
 from .exchange import Exchange
 from .router import Match, Route, Router
 from .routes import ROUTES
@@ -82,8 +82,8 @@ class HTTPApp:
             return await route.handler(exchange)
         except AIGatewayError as error:
             error.request_id = exchange.request_id
-            if isinstance(error, ConfigurationError):
-                log.error("the gateway cannot start: %s", error.message)
+            if isinstance(error, tuple(TO_THE_HOST)):
+                log.error("request %s was refused, the host has to mend this: %s", exchange.request_id, error.message)
             response = error_response(error)
             if isinstance(error, RequestTimeout | RequestTooLarge) and scope.get("http_version", "1.1").startswith("1"):
                 response.headers["connection"] = "close"  # the rest of the body would have to be read first, however long it is

@@ -37,11 +37,16 @@ STATUS: dict[type[AIGatewayError], tuple[int, str]] = {
     errors.ProviderRejected: (400, "invalid_request_error"),
     errors.NoProviderAvailable: (503, "provider_error"),
     errors.StorageUnavailable: (503, "api_error"),
+    errors.StorageDamaged: (503, "api_error"),
     errors.PriceUnknown: (503, "api_error"),
     errors.ConfigurationError: (503, "api_error"),
 }
 
 UNCONFIGURED = "the gateway is not configured correctly; the host's log says what to mend"
+
+DAMAGED = "the gateway's storage is unavailable; the host's log says what to do"
+TO_THE_HOST: dict[type[AIGatewayError], str] = {errors.ConfigurationError: UNCONFIGURED, errors.StorageDamaged: DAMAGED}
+"""What callers are told of errors whose own words are for the host."""
 
 
 def status_of(error: AIGatewayError) -> tuple[int, str]:
@@ -54,10 +59,10 @@ def status_of(error: AIGatewayError) -> tuple[int, str]:
 
 def error_object(error: AIGatewayError) -> dict[str, Any]:
     """`{"error": {...}}`: the OpenAI shape, with `request_id` and `details` more."""
-    hidden = isinstance(error, errors.ConfigurationError)
+    hidden = next((words for kind, words in TO_THE_HOST.items() if isinstance(error, kind)), None)
     return {
         "error": {
-            "message": UNCONFIGURED if hidden else error.message,
+            "message": hidden or error.message,
             "type": status_of(error)[1],
             "code": error.code,
             "param": None if hidden else error.param,

@@ -188,6 +188,15 @@ class ResolveContract:
         assert sorted((one.id, one.cost) for one in await records(ledger)) == [("use_a", 100), ("use_a.adjust", -100)]
         await assert_clean(ledger)
 
+    async def test_a_clock_that_jumps_by_weeks_leaves_a_late_settlement_its_week(self, ledger: Ledger) -> None:
+        await ledger.reserve(hold_request("a", 100), now=NOON)
+        jumped = NOON + 30 * DAY
+        await ledger.expire(now=jumped)
+        await ledger.reserve(hold_request("b", 100, now=jumped), now=jumped)
+        await ledger.settle("use_a", completed(130), now=jumped + DAY)
+        assert await money(ledger) == (130, 100)
+        await assert_clean(ledger)
+
     async def test_an_expired_hold_that_nobody_settles_for_a_week_is_final(self, ledger: Ledger) -> None:
         await ledger.reserve(hold_request("a", 100), now=NOON)
         await ledger.expire(now=NOON + LEASE)

@@ -15,7 +15,7 @@ from typing import Any, Generic, Self, TypeAlias, TypeVar, cast
 import anyio
 import msgspec
 
-from ...errors import InvalidArgument, StorageUnavailable
+from ...errors import InvalidArgument, StorageDamaged, StorageUnavailable
 from .commit import GroupCommit
 from .connection import PerProcess, connect, look_for_damage
 from .witness import Witness
@@ -253,4 +253,4 @@ def decode(text: str) -> Any:
     try:
         return msgspec.json.decode(text)
     except msgspec.DecodeError as error:
-        raise StorageUnavailable("the config database holds a row that cannot be read") from error
+        raise StorageDamaged("the config database holds a row that cannot be read") from error

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
-from ...errors import ConfigurationError, StorageUnavailable
+from ...errors import ConfigurationError, StorageDamaged
 
 Durability = Literal["FULL", "NORMAL", "OFF"]
 """`PRAGMA synchronous`. In WAL mode only `FULL` syncs each commit to the disk (https://sqlite.org/pragma.html#pragma_synchronous)."""
@@ -38,7 +38,7 @@ def connect(
     try:
         connection = sqlite3.connect(path, timeout=busy_timeout, isolation_level=None, check_same_thread=False, cached_statements=256)
     except sqlite3.Error as error:
-        raise StorageUnavailable(f"the database {path.name} cannot be opened: {error}") from error
+        raise StorageDamaged(f"the database {path.name} cannot be opened: {error}") from error
     try:
         _enter_wal(connection, busy_timeout)
         connection.execute(f"PRAGMA synchronous={durability}")
@@ -50,7 +50,7 @@ def connect(
         connection.close()
         if remedy is not None and is_damage(error):
             raise damaged(path, str(error), remedy) from error
-        raise StorageUnavailable(f"the database {path.name} cannot be opened: {error}") from error
+        raise StorageDamaged(f"the database {path.name} cannot be opened: {error}") from error
     except BaseException:
         connection.close()
         raise
@@ -62,8 +62,8 @@ def is_damage(error: sqlite3.Error) -> bool:
     return isinstance(code := getattr(error, "sqlite_errorcode", None), int) and code & 0xFF in DAMAGE
 
 
-def damaged(path: Path, reason: str, remedy: str) -> StorageUnavailable:
-    return StorageUnavailable(f"{path.name} is damaged or no database ({reason}): {remedy}")
+def damaged(path: Path, reason: str, remedy: str) -> StorageDamaged:
+    return StorageDamaged(f"{path.name} is damaged or no database ({reason}): {remedy}")
 
 
 def look_for_damage(connection: sqlite3.Connection, path: Path, remedy: str) -> None:
@@ -117,7 +117,7 @@ def create_private(path: Path) -> None:
         finally:
             Path(draft).unlink()
     except OSError as error:
-        raise StorageUnavailable(f"the database {path.name} cannot be created: {error.strerror}") from error
+        raise StorageDamaged(f"the database {path.name} cannot be created: {error.strerror}") from error
 
 
 def migrate(connection: sqlite3.Connection, schema: Sequence[str], name: str) -> None:

@@ -286,6 +286,7 @@ class Batch:
     def _expire(self, due: Sequence[HoldFacts], now: float) -> None:
         for facts in due:
             facts.expired = True
+            facts.expires_at = max(facts.expires_at, now)  # it waits for a late settlement from when it was noticed
             self._books.resolve(facts.scopes, self._periods_of(facts), held=facts.amount, booked=facts.amount)
             self._holds[facts.id] = self._changed_holds[facts.id] = facts
             self._entries.append((facts.id, "expire", now, facts.amount, None, None, None))

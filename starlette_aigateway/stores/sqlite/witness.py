@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TypeAlias
 
-from ...errors import StorageUnavailable
+from ...errors import StorageDamaged, StorageUnavailable
 
 NUMBER_BYTES = 8
 LOST = "To go on with it as it is, without what is lost, delete the .lock file beside it"
@@ -67,12 +67,12 @@ class Witness:
         empty, or behind what was committed to it."""
         known = noted(self._path)  # before the database is read: others may commit meanwhile
         if (self._opened or known is not None) and self._is_empty():
-            raise StorageUnavailable(f"{self._path.name} is gone or empty, though it was in use before: {self._remedy}")
+            raise StorageDamaged(f"{self._path.name} is gone or empty, though it was in use before: {self._remedy}")
         connection = connect()
         try:
             missing = shortfall(self._reached(connection), known)
             if missing is not None:
-                raise StorageUnavailable(f"{self._path.name} {missing}. {LOST}; else {self._remedy}")
+                raise StorageDamaged(f"{self._path.name} {missing}. {LOST}; else {self._remedy}")
         except BaseException:
             connection.close()
             raise
