@@ -283,6 +283,21 @@ async def test_check_finds(path: Path, ledger: SQLiteLedger, sql: str, invariant
     assert invariant in {finding.invariant for finding in await ledger.check()}
 
 
+async def test_an_expired_hold_is_not_carried_without_its_late_settlement(ledger: SQLiteLedger, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("starlette_aigateway.stores.sqlite.ledger_prune.AT_ONCE", 4)
+    late = NOON + LEASE
+    await ledger.reserve(hold_request("late", 100), now=NOON)
+    await ledger.expire(now=late)
+    for number in range(3):
+        await reserve_and_settle(ledger, number)
+    await ledger.settle("use_late", completed(30), now=late)
+    await ledger.reserve(hold_request("last", 100, now=late), now=late)
+    for carried in (6, 3, 0):
+        assert await ledger.prune(late + 1) == carried
+        await assert_clean(ledger)
+    assert await money(ledger) == (3 * 60 + 30, 100)
+
+
 async def test_check_is_safe_while_others_write(ledger: SQLiteLedger) -> None:
     async with anyio.create_task_group() as group:
         for number in range(200):

@@ -15,7 +15,7 @@ import msgspec
 
 from ...policy.budgets import periods_from
 from .ledger_ops import Prune, Pruned
-from .ledger_schema import Limit, as_json
+from .ledger_schema import ADJUSTED, Limit, as_json
 
 AT_ONCE = 2000
 """Entries that are looked at in one turn of the writer: some milliseconds."""
@@ -23,7 +23,11 @@ AT_ONCE = 2000
 ENTRIES: Final = "SELECT seq, hold, kind, at, amount, day, scopes FROM entries WHERE seq >= ? AND kind IN ({}) ORDER BY seq LIMIT ?"
 HOLD_KINDS: Final = ENTRIES.format("'hold', 'settle', 'release', 'expire', 'adjust'")
 BOUNDS: Final = "SELECT min(0, coalesce(min(seq), 0)), coalesce(max(seq), 0) FROM entries"
-WAITING: Final = "SELECT id FROM holds WHERE id IN (SELECT value FROM json_each(?))"
+UNFINISHED: Final = """
+SELECT id FROM holds WHERE id IN (SELECT value FROM json_each(?1))
+UNION ALL SELECT value FROM json_each(?2) WHERE EXISTS (SELECT 1 FROM usage WHERE id = value || ?3)
+"""
+"""Of the holds `?1`, those that wait for a late settlement; of the expired `?2`, those whose late settlement is an entry elsewhere."""
 CARRIED: Final = """
 SELECT seq, hold, day, amount, scopes FROM json_each(?) AS pair CROSS JOIN entries
 ON kind = 'carry' AND hold = json_extract(pair.value, '$[0]') AND day = json_extract(pair.value, '$[1]')
@@ -37,7 +41,7 @@ decode_limits = msgspec.json.Decoder(list[Limit]).decode
 
 
 class _Story:
-    """The entries of one hold, as far as they were seen."""
+    """The entries of one hold, as far as they were seen. `expired`: that is the last of them."""
 
     def __init__(self) -> None:
         self.seqs: list[int] = []
@@ -46,6 +50,7 @@ class _Story:
         self.booked = 0
         self.bookings = 0
         self.ended = False
+        self.expired = False
         self.last_at = 0.0
 
     def add(self, seq: int, kind: str, at: float, amount: int, day: str | None, scopes: str | None) -> None:
@@ -57,6 +62,7 @@ class _Story:
         self.booked += amount
         self.bookings += 1
         self.ended = True
+        self.expired = kind == "expire"
 
 
 def prune(connection: sqlite3.Connection, op: Prune) -> Pruned:
@@ -66,11 +72,13 @@ def prune(connection: sqlite3.Connection, op: Prune) -> Pruned:
     stories: dict[str, _Story] = {}
     for seq, hold_id, *entry in rows:
         stories.setdefault(hold_id, _Story()).add(seq, *entry)
-    waiting = {hold_id for (hold_id,) in connection.execute(WAITING, (as_json(list(stories)),)).fetchall()}
+    expired = [hold_id for hold_id, story in stories.items() if story.expired]
+    rest = connection.execute(UNFINISHED, (as_json(list(stories)), as_json(expired), ADJUSTED)).fetchall()
+    unfinished = {hold_id for (hold_id,) in rest}
     done = [
         story
         for hold_id, story in stories.items()
-        if story.ended and story.day is not None and story.last_at < op.before and hold_id not in waiting and last not in story.seqs
+        if story.ended and story.day is not None and story.last_at < op.before and hold_id not in unfinished and last not in story.seqs
     ]
     if done:
         _carry(connection, done, first)
