@@ -50,7 +50,7 @@ class HoldRequest(Struct, frozen=True, kw_only=True):
     attempt and becomes the usage record's. `price` is the snapshot that the settlement uses. `expires_at` is the end of the lease
     (Unix seconds). `replaces` names an open hold of the same call that is released in the same transaction, before the check. Without
     `enforce` the hold is granted as `wanted` also where a limit would refuse it, and says so in `would_refuse`; what is given there is
-    the code of a refusal that the call has passed over already.
+    the code of a refusal that the call has passed over already. What is not `bounded` may cost more than it holds: any cap refuses it.
     """
 
     id: str
@@ -71,6 +71,7 @@ class HoldRequest(Struct, frozen=True, kw_only=True):
     tags: Mapping[str, str] = {}
     replaces: str | None = None
     enforce: bool = True
+    bounded: bool = True
     would_refuse: str | None = None
 
 

@@ -13,7 +13,7 @@ from .policy import keys as key_policy
 from .policy import prompts as prompt_policy
 from .prices import price_texts
 from .trail import HOST
-from .types import KEY_ID_PREFIX, Key, LimitFields, Message, Price, Principal, Tenant, check_id, limit_fields, utc
+from .types import KEY_ID_PREFIX, Caps, Key, LimitFields, Message, Price, Principal, Tenant, check_id, limit_fields, utc
 
 MAX_REMEMBERED = 8192
 MAX_GRACE = 90 * 86_400
@@ -137,8 +137,8 @@ class Administration(Bookkeeping):
         await self._trail.record(
             actor, "tenant.save", tenant.id, tenant.id, {name: limit for name, limit in limits.items() if limit is not None}
         )
-        await self._ledger.set_caps(tenant_scope(tenant.id), tenant.caps)
         await self._tenants.put(tenant)
+        await self._show_caps(tenant)
         return tenant
 
     async def get_tenant(self, tenant_id: str) -> Tenant:
@@ -153,8 +153,17 @@ class Administration(Bookkeeping):
             return tenant
         await self._trail.record(actor, "tenant.update", tenant_id, tenant_id, checked)
         tenant = existing(await self._tenants.update(check_id(tenant_id, "tenant_id"), checked), "tenant", tenant_id)
-        await self._ledger.set_caps(tenant_scope(tenant.id), tenant.caps)
+        await self._show_caps(tenant)
         return tenant
+
+    async def _show_caps(self, tenant: Tenant) -> None:
+        """Budgets show the caps that the ledger knows: at last those of whoever changed the tenant last. A call is held under those
+        of the tenant's record."""
+        told: Caps | None = None
+        while told != tenant.caps:
+            told = tenant.caps
+            await self._ledger.set_caps(tenant_scope(tenant.id), told)
+            tenant = await self._tenants.get(tenant.id) or tenant
 
     async def list_tenants(self, *, limit: int = 100, after: str | None = None) -> Sequence[Tenant]:
         await self.ready()

@@ -203,9 +203,9 @@ class Admission:
         `CostUnbounded` and `PriceUnknown` where none is left; where limits are only reported, the offer says so."""
         plan, request = call.plan, call.request
         capped = any(owner.capped for _, owner in call.owners)
-        obstacle: AIGatewayError | None = self._unbounded(request) if capped else None
-        if obstacle is not None and self._s.enforce:
-            raise obstacle
+        unbounded = self._unbounded(request)
+        if unbounded is not None and capped and self._s.enforce:
+            raise unbounded
         images = openai_chat.images(request, self._s.image_tokens)
         input_tokens = estimate.input_bound(request, extra=images.tokens - images.bytes)
         thinks = openai_chat.asks_for_reasoning(request)
@@ -215,8 +215,9 @@ class Admission:
         for target in plan.targets:
             provider = self._s.providers[target.provider]
             price = self._s.prices.lookup(target.provider, target.upstream, plan.model, stored)
-            if capped and (found := _obstacle(plan.model, provider, price)) is not None:
-                obstacles.append(found)
+            obstacle = _obstacle(plan.model, provider, price)
+            if obstacle is not None and capped:
+                obstacles.append(obstacle)
                 if self._s.enforce:
                     continue
             ask = estimate.ask(
@@ -229,18 +230,19 @@ class Admission:
                 min_output_tokens=self._s.min_output_tokens,
             )
             hidden = thinks or provider.reasons(plan.model, target.upstream) or pricing.bills_reasoning(price)
-            priced.append(PricedTarget(target, provider, price, ask, hidden))
-        if obstacle is None and len(obstacles) == len(plan.targets):
-            obstacle = next((one for one in obstacles if isinstance(one, CostUnbounded)), obstacles[0])
+            priced.append(PricedTarget(target, provider, price, ask, hidden, unbounded or obstacle))
+        passed_over: AIGatewayError | None = unbounded if capped else None
+        if passed_over is None and len(obstacles) == len(plan.targets):
+            passed_over = next((one for one in obstacles if isinstance(one, CostUnbounded)), obstacles[0])
             if self._s.enforce:
-                raise obstacle
+                raise passed_over
         return Offer(
             targets=tuple(priced),
             scopes=scopes(call),
             input_tokens=input_tokens,
             bounded=capped and self._s.enforce,
             enforce=self._s.enforce,
-            passed_over=obstacle,
+            passed_over=passed_over,
         )
 
     def _unbounded(self, request: CompletionRequest) -> CostUnbounded | None:
@@ -279,13 +281,8 @@ def _obstacle(model: str, provider: RegisteredProvider, price: Price | None) -> 
 
 
 def scopes(call: Call) -> tuple[ScopeClaim, ...]:
-    """Who pays. Caps of None are stored ones: those of a tenant by name and of the gateway are read inside the ledger's transaction."""
-    tenant = call.principal.tenant
+    """Who pays. The gateway's caps are None, which is the stored ones: all workers share them, also those with other settings. A
+    tenant's are those that its record shows."""
     return tuple(
-        ScopeClaim(
-            scope,
-            owner.caps if place == 0 or (place == 1 and isinstance(tenant, Tenant)) else None,
-            owner.max_parallel_requests,
-        )
-        for place, (scope, owner) in enumerate(call.owners)
+        ScopeClaim(scope, None if scope == GATEWAY_SCOPE else owner.caps, owner.max_parallel_requests) for scope, owner in call.owners
     )

@@ -13,11 +13,19 @@ import anyio
 from anyio.lowlevel import checkpoint
 from msgspec.structs import replace
 
-from .accounts import Hold, Settlement, UsageRecord
+from .accounts import Hold, HoldRequest, Settlement, UsageRecord
 from .attempt import Attempt, Pulse, ReaderLeft, lease
 from .background import Job, shut_down
-from .calls import Call, Done, Offer
-from .errors import NoProviderAvailable, ProviderError, ProviderRejected, SpendCapExceeded, TooManyParallelRequests
+from .calls import Call, Done, Offer, PricedTarget
+from .errors import (
+    CostUnbounded,
+    NoProviderAvailable,
+    PriceUnknown,
+    ProviderError,
+    ProviderRejected,
+    SpendCapExceeded,
+    TooManyParallelRequests,
+)
 from .events import AttemptFailed, CallTolerated, Event
 from .holds import Holds
 from .policy import keys, metering
@@ -180,8 +188,8 @@ class Attempts:
             replaced = replaces.id if replaces is not None else None
             request = replace(request, attempt=len(failures) + 1, admission=priced.ask.minimum, replaces=replaced)
         try:
-            hold = await self._holds.reserve(job, request, now)
-        except (SpendCapExceeded, TooManyParallelRequests) as refused:
+            offer, hold = await self._hold(job, offer, priced, request, now)
+        except (SpendCapExceeded, TooManyParallelRequests, PriceUnknown) as refused:
             if failures:
                 raise _exhausted(failures[-1].error) from refused
             raise
@@ -192,6 +200,17 @@ class Attempts:
             code = hold.would_refuse
             self._emit(CallTolerated(request_id=call.request_id, principal=call.principal.id, model=call.plan.model, code=code))
         return Attempt(call, offer, priced, request.attempt, hold, self._timeouts)
+
+    async def _hold(self, job: Job[Done], offer: Offer, priced: PricedTarget, request: HoldRequest, now: float) -> tuple[Offer, Hold]:
+        """A cap that was set since the call was let in, or by workers with other settings, asks for a bound: then with one, if there is."""
+        try:
+            return offer, await self._holds.reserve(job, request, now)
+        except CostUnbounded as refused:
+            if request.bounded:
+                raise
+            if priced.obstacle is not None:
+                raise priced.obstacle from refused
+        return replace(offer, bounded=True), await self._holds.reserve(job, replace(request, bounded=True), now)
 
     async def _failed(self, job: Job[Done], attempt: Attempt, error: ProviderError) -> Hold | None:
         """Books a failure. Gives the hold back where the provider charged nothing: it is still to be released."""

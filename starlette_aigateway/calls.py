@@ -21,13 +21,14 @@ from .types import Answer, CacheStatus, CallOptions, Completion, CompletionReque
 
 class PricedTarget(Struct, frozen=True):
     """A planned target with everything that an attempt at it needs: its adapter, its price and what has to be held. `hidden`: it may make
-    tokens that it does not send (reasoning)."""
+    tokens that it does not send (reasoning). `obstacle` is why no cap could be held at it, if one has to be."""
 
     target: Target
     provider: RegisteredProvider
     price: Price | None
     ask: Ask
     hidden: bool = False
+    obstacle: AIGatewayError | None = None
 
 
 class Offer(Struct, frozen=True, kw_only=True):
@@ -81,6 +82,7 @@ class Offer(Struct, frozen=True, kw_only=True):
             prompt=call.prompt,
             tags=call.options.tags,
             enforce=self.enforce,
+            bounded=self.bounded or not self.enforce,
             would_refuse=call.would_refuse or (None if self.passed_over is None else self.passed_over.code),
         )
 

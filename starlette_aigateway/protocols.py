@@ -128,8 +128,9 @@ class Ledger(Protocol):
     hold whose grant nobody learned of."""
 
     async def reserve(self, request: HoldRequest, *, now: float) -> Hold:
-        """Grants a hold in all scopes or in none. Raises `SpendCapExceeded`, `SpendCapHeld`, `TooManyParallelRequests`; a request that
-        does not `enforce` its limits is granted all the same, marked with the code of that refusal."""
+        """Grants a hold in all scopes or in none. Raises `SpendCapExceeded`, `SpendCapHeld`, `TooManyParallelRequests`, and `CostUnbounded`
+        where a cap holds and the request is not `bounded`; a request that does not `enforce` its limits is granted all the same,
+        marked with the code of that refusal."""
 
     async def probe(self, request: HoldRequest, *, now: float) -> Hold:
         """The hold that `reserve` would grant now, or the error that it would raise; nothing is held, booked or written."""

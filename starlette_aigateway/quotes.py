@@ -133,7 +133,7 @@ class Quotes:
         now = self._s.clock()
         dearest = max(offer.targets, key=lambda priced: priced.ask.wanted)
         request = offer.hold_request(call, dearest, hold_id=keys.mint_id("use_", now, self._s.random), expires_at=now)
-        return await self._s.ledger.probe(replace(request, enforce=True), now=now)
+        return await self._s.ledger.probe(replace(request, enforce=True, bounded=True), now=now)
 
     async def _budgets(self, call: Call) -> Sequence[Budget]:
         own = {claim.scope: claim.caps for claim in scopes(call) if claim.scope != GATEWAY_SCOPE}

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from .. import money
 from ..accounts import Credit, HoldRequest, ScopeClaim, Settlement, Window
-from ..errors import InvalidArgument, SpendCapExceeded, SpendCapHeld, TooManyParallelRequests
+from ..errors import CostUnbounded, InvalidArgument, SpendCapExceeded, SpendCapHeld, TooManyParallelRequests
 from ..types import NO_CAPS, Caps
 
 SECONDS_PER_DAY = 86_400
@@ -211,7 +211,8 @@ def grant(request: HoldRequest, books: Books, periods: Periods, now: float) -> i
     """How much `request` gets; it changes nothing.
 
     `admission` has to fit below every cap of every scope; then the grant is what is wanted, as far as the
-    tightest cap affords. Raises `SpendCapExceeded` where a cap refuses for good, else `TooManyParallelRequests`, else `SpendCapHeld`.
+    tightest cap affords. Raises `SpendCapExceeded` where a cap refuses for good, else `TooManyParallelRequests`, else `SpendCapHeld`;
+    `CostUnbounded` where there is a cap and the attempt is not bounded.
     """
     refusals: list[Refusal] = []
     amount = request.wanted
@@ -219,6 +220,10 @@ def grant(request: HoldRequest, books: Books, periods: Periods, now: float) -> i
         caps = books.raised_caps(claim)
         if caps is NO_CAPS:
             continue
+        if not request.bounded and caps != NO_CAPS:
+            raise CostUnbounded(
+                f"{OWNER.get(kind_of(claim.scope), claim.scope)} has a spend cap that this call was not bounded for; try again"
+            )
         for window, period, cap in zip(WINDOWS, periods, caps, strict=True):
             if cap is None:
                 continue

@@ -10,7 +10,7 @@ from ..accounts import (
     ScopeClaim,
     UsageQuery,
 )
-from ..errors import SpendCapExceeded, SpendCapHeld, TooManyParallelRequests
+from ..errors import CostUnbounded, SpendCapExceeded, SpendCapHeld, TooManyParallelRequests
 from ..protocols import Ledger
 from ..types import NO_CAPS, Caps
 from .ledger_kit import (
@@ -133,6 +133,15 @@ class HoldContract:
         assert isinstance(await refused(ledger.reserve(request, now=NOON)), SpendCapExceeded)
         hold = await ledger.reserve(hold_request("b", caps=Caps(total=500), minimum=10, wanted=20, admission=500), now=NOON)
         assert hold.amount == 20
+
+    async def test_what_is_not_bounded_is_refused_by_any_cap_and_by_nothing_else(self, ledger: Ledger) -> None:
+        scopes = (ScopeClaim(ALICE), ScopeClaim(GATEWAY_SCOPE))
+        await ledger.reserve(hold_request("a", 1, scopes=scopes, bounded=False), now=NOON)
+        await ledger.set_caps(GATEWAY_SCOPE, Caps(total=1_000_000))
+        error = await refused(ledger.reserve(hold_request("b", 1, scopes=scopes, bounded=False), now=NOON))
+        assert isinstance(error, CostUnbounded)
+        await ledger.reserve(hold_request("b", 1, scopes=scopes), now=NOON)
+        await assert_clean(ledger)
 
     async def test_stored_caps_hold_where_a_claim_brings_none(self, ledger: Ledger, peer: Ledger) -> None:
         scopes = (ScopeClaim(ALICE), ScopeClaim(GATEWAY_SCOPE))
