@@ -23,10 +23,12 @@ from .accounts import (
 from .errors import InvalidArgument, NotFound
 from .money import Money
 from .policy import keys as key_policy
+from .policy.budgets import check_credit
 from .policy.defaults import with_defaults
 from .protocols import Clock, KeyStore, Ledger, PriceStore, PromptStore, TenantStore
 from .trail import HOST, Trail
 from .types import KEY_ID_PREFIX, Caps, Key, Limits, Principal, Tenant, check_id, utc
+from .wires.json_values import is_encodable
 
 T = TypeVar("T")
 MAX_PAGE = 1000
@@ -179,7 +181,7 @@ class Bookkeeping:
         nano = money.nano(money.usd(amount, "amount"))
         if nano == 0:
             raise InvalidArgument("amount must be above zero", param="amount")
-        if not isinstance(note, str) or len(note) > MAX_NOTE:
+        if not isinstance(note, str) or len(note) > MAX_NOTE or not is_encodable(note):
             raise InvalidArgument(f"note must be a text of at most {MAX_NOTE} characters", param="note")
         check_id(actor, "actor")
         await self.ready()
@@ -190,6 +192,7 @@ class Bookkeeping:
             raise InvalidArgument("expires must be a moment in the future, or how long the credit is to last", param="expires")
         credit_id = key_policy.mint_id("crd_", now, self._random)
         credit = Credit(id=credit_id, scope=scope, amount=nano, created_at=now, expires_at=until, actor=actor, note=note)
+        check_credit(credit)
         details = {"scope": scope, "amount_usd": credit.amount_usd, "expires_at": utc(until)}
         await self._trail.record(actor, "credit.add", credit_id, await self._tenant_of(scope), details | ({"note": note} if note else {}))
         return await self._ledger.add_credit(credit)

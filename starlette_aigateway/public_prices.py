@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
@@ -22,6 +23,10 @@ REMEMBERED = 4096
 ANTHROPIC = "anthropic"
 """Whose API tells for how long the cache was written; the Chat Completions API does not."""
 
+SEARCHES = re.compile(r"search|sonar")
+"""Models that search the web at each call, as their names say (`gpt-4o-search-preview`, `sonar-pro`, `o3-deep-research`). What they charge
+for it is a fee for each search, which published prices leave out unless they have one for the request."""
+
 NANO = Decimal("1e-9")
 
 
@@ -31,7 +36,8 @@ class PublicPrices:
     Rates of long contexts, of cache writes for an hour and of reasoning are exact. Published prices also differ by modality and by time of
     day: of those the dearest is taken, so that a cap holds whatever the call turns out to be. A host that wants to be exact gives its own
     price. Prices of tiers of service (`service_tier`, batches) and of server-side tools are left out:
-    what makes use of them is unbounded in cost. A model without a price for output (embeddings, legacy ones) has no price here.
+    what makes use of them is unbounded in cost, and models that do so by themselves have no price here without a fee for it. A model
+    without a price for output (embeddings, legacy ones) has no price here.
 
     Every answer is remembered, also a None. The data costs about 0.3 s to load: at the first call, or before it with `load()` in a
     thread. Raises `ConfigurationError` if the package is not installed.
@@ -76,7 +82,8 @@ class PublicPrices:
         model = None if vendor is None else vendor.find_model(upstream, all_providers=providers)
         if vendor is None or model is None:
             return None
-        return dearest(price_tables(model, datetime.fromtimestamp(self._clock(), UTC)), tells_lifetimes=vendor.id == ANTHROPIC)
+        price = dearest(price_tables(model, datetime.fromtimestamp(self._clock(), UTC)), tells_lifetimes=vendor.id == ANTHROPIC)
+        return None if price is not None and not price.request and SEARCHES.search(upstream) else price
 
 
 def price_tables(model: ModelInfo, now: datetime) -> Iterator[ModelPrice]:

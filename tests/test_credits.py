@@ -81,6 +81,8 @@ async def test_a_credit_is_for_a_key_a_principal_a_tenant_or_the_gateway(clock: 
         ({"principal": "a", "amount": 1, "expires": datetime(2001, 1, 1, tzinfo=UTC)}, "expires"),
         ({"principal": "a", "amount": 1, "expires": timedelta(days=10**6)}, "expires_at"),
         ({"principal": "a", "amount": 1, "note": 5}, "note"),
+        ({"principal": "a", "amount": 1, "note": "\ud800"}, "note"),
+        ({"principal": "a", "amount": 1_000_001}, "amount"),
         ({"principal": "a", "amount": 1, "actor": ""}, "actor"),
         ({"principal": "a", "tenant": "t", "amount": 1}, "principal"),
         ({"amount": 1}, "principal"),
@@ -91,6 +93,7 @@ async def test_a_credit_that_makes_no_sense_names_the_argument(clock: FakeClock,
         with pytest.raises(InvalidArgument) as caught:
             await gateway.add_credit(**{"expires": HOUR, **fields})
         assert caught.value.param == param
+        assert await gateway.audit() == [], "what was refused was not done"
 
 
 async def test_a_credit_for_a_key_or_of_an_id_that_does_not_exist_is_not_found(clock: FakeClock) -> None:

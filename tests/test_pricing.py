@@ -359,3 +359,10 @@ def test_prices_by_the_hour_all_count() -> None:
 )
 def test_each_published_figure_has_its_field(name: str, field: str | None) -> None:
     assert price_field(name) == field
+
+
+@pytest.mark.parametrize("name", ["gpt-4o-search-preview", "gpt-4o-mini-search-preview"])
+def test_a_model_that_searches_by_itself_has_no_published_price_that_bounds_it(name: str) -> None:
+    """Each search is charged, and none is in the price: https://platform.openai.com/docs/pricing, "Built-in tools"."""
+    assert PublicPrices()("openai", name) is None
+    assert PublicPrices()("openai", "gpt-4o-mini") is not None

@@ -118,6 +118,15 @@ class CreditContract:
         assert await ledger.credits(ALICE) == [given[3], given[1]]
         assert await ledger.credits(limit=2, before="crd_3") == [given[2], given[1]]
 
+    async def test_the_running_credits_of_a_scope_have_a_sum_that_can_be_counted(self, ledger: Ledger) -> None:
+        for number in range(1_000):
+            await ledger.add_credit(credit(str(number), 10**15))
+        assert isinstance(await refused(ledger.add_credit(credit("x", 1))), InvalidArgument)
+        assert (await budget(ledger, caps=Caps(total=1))).remaining == 10**18 + 1
+        await ledger.end_credit("crd_0", now=NOON)
+        await ledger.add_credit(credit("x", 1))
+        await assert_clean(ledger)
+
     async def test_a_credit_of_nothing_or_without_an_end_is_refused(self, ledger: Ledger) -> None:
         for wrong in (credit("a", 0), credit("a", -5), credit("a", expires_at=float("inf")), credit("a", created_at=-1.0)):
             assert isinstance(await refused(ledger.add_credit(wrong)), InvalidArgument)

@@ -13,11 +13,11 @@ from typing import Final
 from msgspec.structs import replace
 
 from ...accounts import Credit, Hold, HoldRequest, UsageRecord
-from ...errors import AIGatewayError, RequestError
+from ...errors import AIGatewayError, InvalidArgument, RequestError
 from ...events import BudgetReached
 from ...policy.budgets import Balance, Books, Periods, day_number, grant, periods_from, periods_of
 from ...types import NO_CAPS, Caps, Usage
-from .ledger_credits import find_credit
+from .ledger_credits import MAX_SUM, find_credit, running_credit
 from .ledger_inserts import CHANGE_BALANCES, INSERT_CAPS, INSERT_CREDITS, INSERT_ENTRIES, INSERT_HOLDS, INSERT_USAGE
 from .ledger_load import LOAD, Touched, decode_balances, decode_caps, decode_credits, decode_holds, decode_names, decode_seqs
 from .ledger_ops import (
@@ -343,6 +343,9 @@ class Batch:
         known = find_credit(self._connection, credit.id) or next((new for new in self._new_credits if new.id == credit.id), None)
         if known is not None:
             return known
+        waiting = sum(new.amount for new in self._new_credits if new.scope == credit.scope)
+        if running_credit(self._connection, credit.scope, credit.created_at) + waiting + credit.amount > MAX_SUM:
+            raise InvalidArgument(f"the running credits of one scope are at most {MAX_SUM} nano-USD together", param="amount")
         self._new_credits.append(credit)
         self._entries.append((credit.id, "credit", credit.created_at, credit.amount, None, as_json([credit.scope]), None))
         self._run(RunningCredit(credit.id, credit.scope, credit.amount, credit.expires_at))

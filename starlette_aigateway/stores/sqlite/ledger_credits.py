@@ -11,9 +11,9 @@ from .ledger_schema import Row
 
 COLUMNS: Final = "id, scope, amount, created_at, expires_at, actor, note, ended_at"
 ONE: Final = f"SELECT {COLUMNS} FROM credits WHERE id = ?"  # noqa: S608  # a constant
-SUMS: Final = """
-SELECT coalesce(sum(amount), 0) FROM credits WHERE scope = ? AND ended_at IS NULL AND expires_at > ?
-"""
+SUMS: Final = "SELECT coalesce(sum(amount), 0) FROM credits WHERE scope = ? AND ended_at IS NULL AND expires_at > ?"
+MAX_SUM: Final = 10**18
+"""Nano-USD that running credits may add to a cap: with the largest cap it stays within 64 bits."""
 
 
 def find_credit(connection: sqlite3.Connection, credit_id: str) -> Credit | None:
