@@ -69,12 +69,17 @@ class Attempt:
         """What has come of a stream, its input at the bound; None if nothing has."""
         if self.meter is None or not self.meter.has_content:
             return None
-        return self._estimated(self.meter.output_bytes())
+        return metering.at_least(self._estimated(self.meter.output_bytes()), self.told)
 
     def _estimated(self, output_bytes: int) -> Usage:
         bound = self.kept_bound
         unseen = (bound or self.priced.ask.output_wanted) if self.priced.hidden else 0
         return estimate.received(output_bytes, input_tokens=self.offer.input_tokens, bound=bound, n=self.call.request.n, unseen=unseen)
+
+    @property
+    def told(self) -> Usage | None:
+        """The most that a stream has told of its usage on the way."""
+        return self.meter.usage if self.meter is not None else None
 
     @asynccontextmanager
     async def answer(self) -> AsyncIterator[ProviderAnswer]:
@@ -111,15 +116,16 @@ class Attempt:
         """For an answer that was not read to its end: the provider failed, or, for None, the client left. None: nothing was charged.
         Where the whole bill had come by then, that is booked."""
         price, latency_ms = self.priced.price, self.latency_ms
-        unknown = error is None or error.billed == "unknown"
         meter = self.meter
+        said = meter is not None and meter.has_output
+        unknown = error is None or (error.billed != "no" and metering.plausible(error.billed, said) is None)
         if unknown and meter is not None and meter.final and self.call.request.n in (None, 1):
-            usage = metering.plausible(meter.usage)
+            usage = meter.bill
             if usage is not None:
                 return self.whole(usage, meter.output_bytes, meter.model)
         if error is None:
             return metering.abandoned(self.hold, price, received=self.received, latency_ms=latency_ms)
-        return metering.failed(self.hold, price, error, received=self.received, latency_ms=latency_ms)
+        return metering.failed(self.hold, price, error, received=self.received, latency_ms=latency_ms, has_output=said, told=self.told)
 
     def whole(self, usage: Usage | None, output_bytes: Callable[[], int], model: str | None) -> Settlement:
         """For an answer that came whole, with the `usage` that was reported, if one was."""
@@ -129,6 +135,7 @@ class Attempt:
             usage if usage is not None else self._estimated(output_bytes()),
             bounded=self.kept_bound is not None,
             reported=usage is not None,
+            told=self.told,
             model=model,
             latency_ms=self.latency_ms,
         )

@@ -32,7 +32,7 @@ from .policy import keys, metering
 from .policy.routing import Circuit, Failure, GiveUp, RetryPolicy, Target, ails, next_step
 from .protocols import Clock, Ledger
 from .streams import Relay
-from .types import Chunk, Completion, Timeouts
+from .types import Chunk, Completion, RawEvents, Timeouts
 from .wires import openai_chat
 
 MAX_CIRCUITS = 1024
@@ -68,6 +68,8 @@ class Attempts:
             async with attempt.answer() as answer:
                 completion = await answer.completion()
             usage = metering.plausible(completion.usage)
+            if usage is not None and not usage.output_tokens:
+                usage = metering.plausible(usage, openai_chat.output_bytes([Chunk(delta=completion.message)]) > 0)
             settlement = attempt.whole(usage, lambda: _output_bytes(completion), completion.model)
             record = await self._settle(job, attempt, settlement)
             return _done(attempt, settlement, record, replace(completion, usage=settlement.usage))
@@ -79,7 +81,8 @@ class Attempts:
             meter = attempt.meter = relay.begin(attempt.priced.target.provider, attempt.lowered_to)
             pulse = Pulse(self._ledger, self._clock, attempt, self._timeouts)
             async with attempt.answer() as answer:
-                async for item in answer.events():
+                async for given in answer.events():
+                    item = given if isinstance(given, RawEvents) or given.usage is None else _believed(given)
                     relay.pass_on(item, meter.see(item))
                     if pulse.due:
                         await pulse.beat()
@@ -88,7 +91,7 @@ class Attempts:
                     if relay.left:
                         await self._drained(relay)
             relay.flush()
-            settlement = attempt.whole(metering.plausible(meter.usage), meter.output_bytes, meter.model)
+            settlement = attempt.whole(meter.bill, meter.output_bytes, meter.model)
             record = await self._settle(job, attempt, settlement)
             return _done(attempt, settlement, record, None)
 
@@ -274,6 +277,11 @@ def _output_bytes(completion: Completion) -> int:
     if completion.native is not None:
         return len(completion.native.body)
     return openai_chat.output_bytes([Chunk(delta=completion.message)])
+
+
+def _believed(chunk: Chunk) -> Chunk:
+    """Usage that cannot be true is none, for whoever reads the stream as for the bill."""
+    return chunk if metering.plausible(chunk.usage) is not None else replace(chunk, usage=None)
 
 
 def _exhausted(error: ProviderError) -> ProviderError:

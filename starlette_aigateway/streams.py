@@ -16,6 +16,7 @@ from .background import Job
 from .calls import Call, Done
 from .channel import Channel
 from .errors import AIGatewayError
+from .policy import metering
 from .policy.caching import CachedAnswer
 from .policy.windows import WindowState
 from .types import CacheStatus, Chunk, RawEvents, StreamItem, Usage
@@ -26,16 +27,21 @@ BUFFERED_ITEMS = 16
 
 
 class Meter:
-    """What has come of one attempt's stream. Items are kept, up to `keep` bytes, for the cache and for estimates. `final`: the `usage` came
-    with the end of the answer or after it, so it is the whole bill (of a single choice)."""
+    """What has come of one attempt's stream. Items are kept, up to `keep` bytes, for the cache and for estimates.
+
+    `usage` is the most that was told by reports that can be true, which are cumulative. `covering`: no output came after the last of
+    them, so it is what a whole answer is billed at. `final`: it also came with the end of the answer or after it, so it is the whole bill
+    (of a single choice), however the stream goes on."""
 
     def __init__(self, keep: int) -> None:
         self.items: list[StreamItem] = []
         self.usage: Usage | None = None
+        self.covering = False
         self.final = False
         self.finish_reason: str | None = None
         self.model: str | None = None
         self.has_content = False
+        self.has_output = False
         self.whole = True
         self._room = keep
         self._unkept = 0
@@ -44,12 +50,19 @@ class Meter:
         """Takes note of `item`; gives its size in bytes."""
         if isinstance(item, RawEvents):
             size = len(item.data)
+            if not self.has_output:
+                self.has_output = openai_chat.has_content(item)
+                self.has_content = self.has_content or self.has_output
+            self.covering = self.final = False
         else:
             size = len(item.native.body) if item.native is not None else openai_chat.output_bytes((item,))
             self.finish_reason = item.finish_reason or self.finish_reason
+            if self.usage is not None or not self.has_output:
+                self._look_for_output(item)
             if item.usage is not None:
-                self.usage = item.usage
-                self.final = self.finish_reason is not None
+                self._hear(item.usage)
+            if not self.has_content:
+                self.has_content = self.has_output or item.usage is not None or item.finish_reason is not None
             self.model = item.model or self.model
         if size <= self._room:
             self._room -= size
@@ -57,9 +70,28 @@ class Meter:
         else:
             self.whole = False
             self._unkept += size
-        if not self.has_content:
-            self.has_content = openai_chat.has_content(item)
         return size
+
+    def _look_for_output(self, chunk: Chunk) -> None:
+        if any(value for name, value in chunk.delta.items() if name != "role"):
+            self.has_output = True
+            self.covering = self.final = False
+
+    def _hear(self, reported: Usage) -> None:
+        """A report of less output than was told before says nothing of what came in between."""
+        usage = metering.plausible(reported)
+        if usage is None:
+            return
+        ended = self.finish_reason is not None
+        if self.usage is None or usage.output_tokens >= self.usage.output_tokens:
+            self.covering = ended or self.has_output
+            self.final = ended
+        self.usage = metering.together(self.usage, usage)
+
+    @property
+    def bill(self) -> Usage | None:
+        """The usage that a whole answer is billed at; None where it has to be estimated."""
+        return metering.plausible(self.usage, self.has_output) if self.covering else None
 
     def output_bytes(self) -> int:
         """UTF-8 bytes of the output that came; at least as many as its tokens."""

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.anyio
 
 PRICES = {"m": Price("1", "1", request="1")}
 HOUR = timedelta(hours=1)
-FREE = Say("hi", usage=Usage(input_tokens=0, output_tokens=0))
+FREE = Say("", usage=Usage(input_tokens=0, output_tokens=0))
 
 
 def ask(text: str) -> CompletionRequest:
