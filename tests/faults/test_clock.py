@@ -204,15 +204,8 @@ async def test_a_clock_that_steps_back_under_a_call_changes_nothing_of_its_bill(
         assert await flight.gateway.check_ledger() == []
 
 
-@pytest.mark.parametrize(
-    ("step", "booked"),
-    [
-        (HOUR, ["adjusted", "completed", "expired"]),
-        (3 * DAY, ["adjusted", "completed", "expired"]),
-        (400 * DAY, ["completed", "expired"]),  # beyond a week, what was booked is final
-    ],
-)
-async def test_a_clock_that_steps_past_the_lease_of_a_call_books_it_once_in_the_end(stream: bool, step: float, booked: list[str]) -> None:
+@pytest.mark.parametrize("step", [HOUR, 3 * DAY, 400 * DAY])
+async def test_a_clock_that_steps_past_the_lease_of_a_call_books_it_once_in_the_end(stream: bool, step: float) -> None:
     who = Principal("user", hard_cap_usd="5")
     async with InTheAir("2026-05-10T09:00", who, stream) as flight:
         flight.clock.advance(step)
@@ -222,5 +215,5 @@ async def test_a_clock_that_steps_past_the_lease_of_a_call_books_it_once_in_the_
         flight.clock.advance(-step)
         await flight.land()
         assert (await budget(flight.gateway, who, "total")).spent == 2 * USD
-        assert sorted(record.outcome for record in (await flight.gateway.usage()).data) == booked
+        assert sorted(record.outcome for record in (await flight.gateway.usage()).data) == ["adjusted", "completed", "expired"]
         assert await flight.gateway.check_ledger() == []
