@@ -90,7 +90,7 @@ def check(data_dir: Path, as_json: bool) -> int:
 
 def _checked(figures: LedgerFigures, findings: Sequence[Finding], seconds: float) -> Mapping[str, Any]:
     return {
-        "findings": [{"invariant": one.invariant, "subject": one.subject, "message": one.message} for one in findings],
+        "findings": [{"invariant": one.invariant, "subject": str(one.subject), "message": one.message} for one in findings],
         "entries": figures.entries,
         "open_holds": figures.open_holds,
         "records": figures.records,

@@ -225,17 +225,34 @@ def test_a_ledger_of_another_release_is_not_read_and_not_migrated(data_dir: Path
         assert connection.execute("PRAGMA user_version").fetchone() == (version,)
 
 
-@pytest.mark.parametrize("damage", ["header", "entry"])
+@pytest.mark.parametrize("damage", ["header", "table"])
 def test_a_file_that_cannot_be_read_ends_with_2_and_says_so(data_dir: Path, damage: str) -> None:
     if damage == "header":
         path = data_dir / "ledger.db"
         path.write_bytes(b"no database at all" + path.read_bytes()[18:])
     else:
-        tamper(data_dir, "INSERT INTO entries (hold, kind, at, amount, day, scopes) VALUES ('x', 'hold', 0, 1, '2026-01-01', 'no JSON')")
+        tamper(data_dir, "DROP TABLE credits")
     done = aigateway("check", "--data-dir", data_dir)
     assert (done.returncode, done.stdout) == (2, "")
     assert "ledger.db cannot be read" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("statement", "subject"),
+    [
+        ("INSERT INTO entries (hold, kind, at, amount, day, scopes) VALUES ('x', 'hold', 0, 1, '2026-01-01', 'no JSON')", "x"),
+        ("INSERT INTO entries (hold, kind, at, amount) VALUES (x'ff', 'settle', 0, 'abc')", "b'\\xff'"),
+        ("INSERT INTO credits VALUES (x'ff', 'gateway', 'abc', 0, 0, NULL, '', '')", "b'\\xff'"),
+        ("INSERT INTO balances VALUES (x'ff', '', 'abc', 0, 0, 0)", "b'\\xff' total"),
+        ("INSERT INTO holds VALUES (x'ff', 0, 0, 'xx')", "b'\\xff'"),
+        ("DELETE FROM meta", "meta"),
+    ],
+)
+def test_a_value_that_no_gateway_wrote_is_a_finding(data_dir: Path, statement: str, subject: str) -> None:
+    tamper(data_dir, statement)
+    findings = answer("check", "--data-dir", data_dir, code=1)["findings"]
+    assert subject in {finding["subject"] for finding in findings}
 
 
 def test_a_page_that_sqlite_finds_damaged_is_a_finding(data_dir: Path) -> None:

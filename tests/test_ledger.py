@@ -15,10 +15,10 @@ from starlette_aigateway.accounts import GATEWAY_SCOPE, ScopeClaim, UsageQuery, 
 from starlette_aigateway.errors import ConfigurationError, InvalidArgument, StorageUnavailable
 from starlette_aigateway.stores.sqlite.connection import connect
 from starlette_aigateway.stores.sqlite.ledger import SQLiteLedger
-from starlette_aigateway.stores.sqlite.ledger_batch import BatchWriter
+from starlette_aigateway.stores.sqlite.ledger_batch import Batch, BatchWriter
 from starlette_aigateway.stores.sqlite.ledger_load import LOAD, Touched
 from starlette_aigateway.stores.sqlite.ledger_ops import Expire, Reserve, Settle
-from starlette_aigateway.stores.sqlite.ledger_schema import SCHEMA, Prices, as_json
+from starlette_aigateway.stores.sqlite.ledger_schema import SCHEMA, HoldFacts, Prices, as_json
 from starlette_aigateway.stores.sqlite.ledger_usage import UsageReader
 from starlette_aigateway.testing.ledger import LedgerContract
 from starlette_aigateway.testing.ledger_kit import (
@@ -140,7 +140,7 @@ async def test_a_time_that_is_none_is_refused_before_it_becomes_the_latest_day(l
 async def test_odd_but_legal_text_comes_back_unchanged(ledger: SQLiteLedger) -> None:
     name = 'a"b\\c\n\u2028é🙂'
     await ledger.reserve(
-        hold_request(name, tags={name: name}, model=name, scopes=[ScopeClaim(f"principal:{name}", Caps(day=100))]), now=NOON
+        hold_request(name, principal=name, tags={name: name}, model=name, scopes=[ScopeClaim(f"principal:{name}", Caps(day=100))]), now=NOON
     )
     record = await ledger.settle(f"use_{name}", completed(5), now=NOON)
     assert record is not None
@@ -231,29 +231,50 @@ CORRUPTIONS: list[Corruption] = [
     ("a carry changed", "UPDATE entries SET amount = amount + 1 WHERE kind = 'carry' AND hold = 'gateway' AND day = '2026-03'", "I2"),
     ("carried bookings changed", "UPDATE entries SET amount = amount + 1 WHERE kind = 'carry' AND hold = ''", "I2"),
     ("a hit that cost", "UPDATE usage SET cost = 9 WHERE id = 'use_hit'", "I2"),
+    ("recorded for another principal", "UPDATE usage SET principal = 'eve' WHERE id = 'use_settled'", "I2"),
+    ("recorded for another tenant", "UPDATE usage SET tenant = 'umbrella' WHERE id = 'use_settled'", "I2"),
+    ("adjusted for another principal", "UPDATE usage SET principal = 'eve' WHERE id = 'use_late.adjust'", "I2"),
+    ("adjusted for no tenant", "UPDATE usage SET tenant = NULL WHERE id = 'use_late.adjust'", "I2"),
+    ("a credit moved", "UPDATE credits SET scope = 'principal:eve' WHERE id = 'crd_running'", "I2"),
+    ("a credit moved by its entry", "UPDATE entries SET scopes = '[\"gateway\"]' WHERE hold = 'crd_ended' AND amount > 0", "I3"),
+    ("negative tokens", "UPDATE usage SET input_tokens = -5 WHERE id = 'use_settled'", "I2"),
+    ("unknown outcome", "UPDATE usage SET outcome = 'gift' WHERE id = 'use_carried'", "I2"),
+    ("carried above the last entry", "UPDATE meta SET value = 90000 WHERE name = 'carried'", "I4"),
+    ("carried up to what is there", "UPDATE meta SET value = 7 WHERE name = 'carried'", "I4"),
+    ("carried unknown", "DELETE FROM meta WHERE name = 'carried'", "I4"),
+    ("left deletable", "UPDATE meta SET value = 1 WHERE name = 'carrying'", "I4"),
+    ("a gap between entries", "DELETE FROM entries WHERE hold = 'use_released' AND kind = 'hold'", "I4"),
+    ("a carry among the entries", "UPDATE entries SET seq = 100 WHERE kind = 'carry' AND hold = 'gateway' AND day = ''", "I4"),
+    ("an amount that is none", "UPDATE entries SET amount = 'abc' WHERE hold = 'use_settled' AND kind = 'settle'", "I2"),
+    ("scopes that are none", "UPDATE entries SET scopes = '[[1, 2]]' WHERE hold = 'use_settled' AND kind = 'hold'", "I2"),
+    ("facts that are none", "UPDATE holds SET facts = 'xx' WHERE id = 'use_open'", "I2"),
+    ("tokens that are none", "UPDATE usage SET input_tokens = 'abc' WHERE id = 'use_settled'", "I2"),
+    ("a price that is none", 'UPDATE usage SET price = \'["a", "b", "c", "d", "e"]\' WHERE id = \'use_carried\'', "I2"),
+    ("a price of other things", "UPDATE usage SET price = '[]' WHERE id = 'use_carried'", "I2"),
+    ("tags that are none", "UPDATE usage SET tags = 'x' WHERE id = 'use_carried'", "I2"),
 ]
 
 
 async def eventful(ledger: SQLiteLedger) -> None:
     """Books with something of every kind in them."""
     scopes = (ScopeClaim("principal:alice", Caps(day=5_000)), ScopeClaim(ACME), ScopeClaim(GATEWAY_SCOPE))
-    await ledger.reserve(hold_request("carried", 100, scopes=scopes), now=NOON - LEASE)
+    await ledger.reserve(hold_request("carried", 100, tenant="acme", scopes=scopes), now=NOON - LEASE)
     await ledger.settle("use_carried", completed(40), now=NOON - LEASE)
-    await ledger.reserve(hold_request("left", 100, scopes=scopes), now=NOON - LEASE)
+    await ledger.reserve(hold_request("left", 100, tenant="acme", scopes=scopes), now=NOON - LEASE)
     await ledger.settle("use_left", completed(40), now=NOON)
     assert await ledger.prune(NOON) == 2
     for name in ("expired", "late", "settled", "released"):
-        await ledger.reserve(hold_request(name, 100, scopes=scopes), now=NOON)
+        await ledger.reserve(hold_request(name, 100, tenant="acme", scopes=scopes), now=NOON)
     await ledger.settle("use_settled", completed(40), now=NOON)
     await ledger.release("use_released", now=NOON)
     await ledger.expire(now=NOON + LEASE)
     await ledger.settle("use_late", completed(30), now=NOON + LEASE)
-    await ledger.reserve(hold_request("open", 100, scopes=scopes, now=NOON + LEASE), now=NOON + LEASE)
+    await ledger.reserve(hold_request("open", 100, tenant="acme", scopes=scopes, now=NOON + LEASE), now=NOON + LEASE)
     await ledger.record(cached_record("hit"))
     await ledger.add_credit(credit("running", 50))
     await ledger.add_credit(credit("ended", 50))
     await ledger.end_credit("crd_ended", now=NOON)
-    await ledger.reserve(hold_request("credited", 100, scopes=scopes, now=NOON + LEASE), now=NOON + LEASE)
+    await ledger.reserve(hold_request("credited", 100, tenant="acme", scopes=scopes, now=NOON + LEASE), now=NOON + LEASE)
 
 
 async def test_check_is_clean_over_books_with_everything_in_them(ledger: SQLiteLedger) -> None:
@@ -276,11 +297,72 @@ async def test_check_finds(path: Path, ledger: SQLiteLedger, sql: str, invariant
     await eventful(ledger)
     connection = sqlite3.connect(path)
     with connection:
-        for trigger in ("entries_never_change", "entries_are_only_carried"):
-            connection.execute(f"DROP TRIGGER {trigger}")
+        guards = connection.execute("SELECT name, sql FROM sqlite_schema WHERE type = 'trigger'").fetchall()
+        for name, _ in guards:
+            connection.execute(f"DROP TRIGGER {name}")
         assert connection.execute(sql).rowcount == 1
+        for _, guard in guards:
+            connection.execute(guard)
     connection.close()
     assert invariant in {finding.invariant for finding in await ledger.check()}
+
+
+async def test_an_entry_that_cannot_be_read_is_not_said_to_be_gone(path: Path, ledger: SQLiteLedger) -> None:
+    await ledger.reserve(hold_request("a"), now=NOON)
+    connection = sqlite3.connect(path)
+    with connection:
+        connection.execute("INSERT INTO entries (hold, kind, at, amount) VALUES ('use_odd', 'settle', 0, 'abc')")
+    connection.close()
+    await ledger.reserve(hold_request("b"), now=NOON)
+    found = await ledger.check()
+    assert any(finding.message.startswith("entry 2 holds what no gateway wrote") for finding in found)
+    assert "entries" not in {finding.subject for finding in found}
+
+
+@pytest.mark.parametrize("name", ["entries_never_change", "entries_are_only_carried"])
+async def test_check_finds_a_guard_of_the_entries_that_is_gone_or_lets_all_pass(path: Path, ledger: SQLiteLedger, name: str) -> None:
+    await eventful(ledger)
+    connection = sqlite3.connect(path)
+    connection.execute(f"DROP TRIGGER {name}")
+    (gone,) = await ledger.check()
+    connection.execute(f"CREATE TRIGGER {name} BEFORE UPDATE ON entries BEGIN SELECT 1; END")
+    (other,) = await ledger.check()
+    connection.close()
+    assert (gone.invariant, gone.subject) == (other.invariant, other.subject) == ("I4", name)
+
+
+async def test_row_numbers_have_no_gap_after_operations_that_failed_and_after_pruning(
+    path: Path, ledger: SQLiteLedger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the audit takes for granted when it calls a gap a loss."""
+    book = Batch._book
+
+    def book_unless_it_is_bad(batch: Batch, facts: HoldFacts, record: UsageRecord) -> UsageRecord:
+        booked = book(batch, facts, record)
+        if facts.id.startswith("use_bad"):
+            batch.flush()  # its entries are written, and then rolled back
+            raise RuntimeError("bad")
+        return booked
+
+    monkeypatch.setattr(Batch, "_book", book_unless_it_is_bad)
+    async with anyio.create_task_group() as group:
+        for number in range(40):
+            group.start_soon(reserve_and_fail_to_settle if number % 4 == 0 else reserve_and_settle, ledger, number)
+    await assert_clean(ledger)
+    assert await ledger.prune(NOON + 1) > 0
+    await reserve_and_settle(ledger, 41)
+    await assert_clean(ledger)
+    connection = sqlite3.connect(path)
+    (carried,) = connection.execute("SELECT value FROM meta WHERE name = 'carried'").fetchone()
+    numbers = [seq for (seq,) in connection.execute("SELECT seq FROM entries WHERE seq > ? ORDER BY seq", (carried,))]
+    connection.close()
+    assert numbers == list(range(carried + 1, 40 + 30 + 2 + 1))
+
+
+async def reserve_and_fail_to_settle(ledger: SQLiteLedger, number: int) -> None:
+    await ledger.reserve(hold_request(f"bad_{number}", 100), now=NOON)
+    with pytest.raises(StorageUnavailable):
+        await ledger.settle(f"use_bad_{number}", completed(60), now=NOON)
 
 
 async def test_an_expired_hold_is_not_carried_without_its_late_settlement(ledger: SQLiteLedger, monkeypatch: pytest.MonkeyPatch) -> None:

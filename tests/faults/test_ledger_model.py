@@ -200,6 +200,7 @@ class LedgerMachine(RuleBasedStateMachine):
             admission=money[1],
             wanted=money[2],
             scopes=(ScopeClaim(principal, caps, max_parallel), ScopeClaim(ACME), ScopeClaim(GATEWAY_SCOPE, shared)),
+            principal=principal.removeprefix("principal:"),
             expires_at=self.now + lease,
             replaces=None if replaces in (None, name) else f"use_{replaces}",
             enforce=enforce,

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Callable, Iterator
-from typing import Final
+from collections.abc import Callable, Container, Iterator, Sequence
+from typing import Final, get_args
 
-from ...accounts import Finding, UsageRecord
+import msgspec
+
+from ...accounts import Finding, Outcome, UsageRecord
+from ...errors import AIGatewayError
 from ...policy.pricing import cost
-from .ledger_schema import USAGE_COLUMNS, Prices, record_from
+from .ledger_schema import ADJUSTED, USAGE_COLUMNS, Prices, record_from
 
 UNMATCHED: Final = """
 SELECT hold, kind, amount, usage.cost FROM entries
@@ -21,9 +24,10 @@ WHERE kind IN ('settle', 'release', 'expire', 'adjust') AND (
      WHEN 'adjust' THEN outcome <> 'adjusted'
      ELSE outcome IN ('released', 'expired', 'adjusted', 'cached') END)
 """
-OTHER_PRICE: Final = """
-SELECT hold, entries.price, usage.price FROM entries JOIN usage ON usage.id = hold
-WHERE kind = 'hold' AND entries.price IS NOT NULL AND entries.price IS NOT usage.price
+OTHER_PAYER: Final = """
+SELECT late.id, late.principal, late.tenant, usage.principal, usage.tenant
+FROM usage AS late JOIN usage ON usage.id = substr(late.id, 1, length(late.id) - length(?))
+WHERE late.outcome = 'adjusted' AND (late.principal <> usage.principal OR late.tenant IS NOT usage.tenant)
 """
 BOOKED: Final = """
 SELECT coalesce(sum(CASE kind WHEN 'carry' THEN CAST(scopes AS INTEGER) ELSE 1 END), 0), coalesce(sum(amount), 0) FROM entries
@@ -32,6 +36,19 @@ WHERE kind IN ('settle', 'release', 'expire', 'adjust') OR (kind = 'carry' AND h
 RECORDED: Final = "SELECT count(*), coalesce(sum(cost), 0) FROM usage WHERE outcome <> 'cached'"
 COSTLY_HITS: Final = "SELECT id, cost FROM usage WHERE outcome = 'cached' AND cost <> 0"
 BILLED: Final = f"SELECT {USAGE_COLUMNS} FROM usage WHERE outcome IN ('completed', 'overrun', 'estimated', 'ambiguous')"  # noqa: S608  # a constant
+FOREIGN = "holds what no gateway wrote"
+OUTCOMES = get_args(Outcome)
+COUNTS = (
+    *("input_tokens", "output_tokens", "cache_read_input_tokens", "cache_creation_input_tokens", "cache_creation_1h_input_tokens"),
+    *("reasoning_output_tokens", "held"),
+)
+UNWRITTEN_COLUMNS = ("outcome", "cost", *COUNTS)
+NO_COUNT = " OR ".join(f"typeof({name}) <> 'integer' OR {name} < 0" for name in COUNTS)
+UNWRITTEN: Final = (
+    f"SELECT id, {', '.join(UNWRITTEN_COLUMNS)} FROM usage"  # noqa: S608  # constants
+    f" WHERE outcome NOT IN {OUTCOMES} OR typeof(cost) <> 'integer' OR {NO_COUNT}"
+)
+"""SQLite keeps any value in any column."""
 REPORTED_EVERY = 1000
 
 
@@ -39,8 +56,8 @@ def check_records(connection: sqlite3.Connection, progress: Callable[[int], None
     for hold_id, kind, amount, recorded in connection.execute(UNMATCHED):
         found = "there is no record of it" if recorded is None else f"its record does not match: cost {recorded}"
         yield Finding("I2", hold_id, f"a {kind} booked {amount}; {found}")
-    for hold_id, held_at, settled_at in connection.execute(OTHER_PRICE):
-        yield Finding("I2", hold_id, f"held at the price {held_at}, settled at {settled_at}")
+    for record_id, *late, principal, tenant in connection.execute(OTHER_PAYER, (ADJUSTED,)):
+        yield Finding("I2", record_id, f"adjusted for {late[0]} of {late[1]}, expired for {principal} of {tenant}")
     booked, recorded = connection.execute(BOOKED).fetchone(), connection.execute(RECORDED).fetchone()
     if booked != recorded:
         yield Finding(
@@ -48,9 +65,29 @@ def check_records(connection: sqlite3.Connection, progress: Callable[[int], None
         )
     for record_id, amount in connection.execute(COSTLY_HITS):
         yield Finding("I2", record_id, f"a cached answer cost {amount}")
+    foreign = set()
+    for record_id, *values in connection.execute(UNWRITTEN):
+        foreign.add(record_id)
+        yield Finding("I2", str(record_id), f"{FOREIGN}: {', '.join(_unwritten(values))}")
+    yield from _check_billed(connection, foreign, progress)
+
+
+def _unwritten(values: Sequence[object]) -> Iterator[str]:
+    for column, value in zip(UNWRITTEN_COLUMNS, values, strict=True):
+        is_written = value in OUTCOMES if column == "outcome" else isinstance(value, int) and (value >= 0 or column == "cost")
+        if not is_written:
+            yield f"{column} {value!r}"
+
+
+def _check_billed(connection: sqlite3.Connection, foreign: Container[str], progress: Callable[[int], None] | None) -> Iterator[Finding]:
+    """All records that a provider may bill for, but the `foreign` ones."""
     prices = Prices()
     for number, row in enumerate(connection.execute(BILLED), 1):
-        yield from _billed(record_from(row, prices), held=row[-1])
+        if row[1] not in foreign:
+            try:
+                yield from _billed(record_from(row, prices), held=row[-1])
+            except (msgspec.MsgspecError, AIGatewayError, TypeError, ValueError) as error:  # whatever a text that is no price leads to
+                yield Finding("I2", str(row[1]), f"{FOREIGN}: {error}")
         if progress is not None and number % REPORTED_EVERY == 0:
             progress(number)
 
