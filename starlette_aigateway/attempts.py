@@ -95,6 +95,7 @@ class Attempts:
             record = await self._settle(job, attempt, settlement)
             return _done(attempt, settlement, record, None)
 
+        job.given_up = relay.close
         try:
             return await self._first_success(call, offer, job, run, relay)
         finally:
@@ -108,6 +109,7 @@ class Attempts:
         while True:
             attempt = await self._next(call, offer, job, failures, unresolved)
             target = attempt.priced.target
+            job.asks = target.provider
             try:
                 result = await run(attempt)
             except ProviderError as error:
@@ -217,6 +219,7 @@ class Attempts:
 
     async def _failed(self, job: Job[Done], attempt: Attempt, error: ProviderError) -> Hold | None:
         """Books a failure. Gives the hold back where the provider charged nothing: it is still to be released."""
+        job.asks = None
         target = attempt.priced.target
         if ails(error):
             self._circuit(target).failed(monotonic())
@@ -237,6 +240,7 @@ class Attempts:
         return None
 
     async def _settle(self, job: Job[Done], attempt: Attempt, settlement: Settlement) -> UsageRecord | None:
+        job.asks = None
         if attempt.call.bill is not None:
             attempt.call.bill.booked = True
         attempt.settlement = settlement

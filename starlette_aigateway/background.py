@@ -3,11 +3,15 @@
 A job runs in a task of its own, so that neither a cancelled request nor a disconnected client can tear a read or a commit in two.
 With a lifespan the gateway owns it and waits for it at the end. On a bare mount there is no such owner, so the request's own task
 waits, shielded, until its work is over.
+
+Code of a host's may swallow its cancellation. Then its job is given up: nobody waits for it any longer, and what it holds is settled if it
+ever ends. Trio's task groups wait for their tasks in any case; there a shutdown, and a call on a bare mount, last as long as such code.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
@@ -19,21 +23,31 @@ from anyio.abc import TaskGroup
 from anyio.lowlevel import current_token
 
 from .drains import Drains
-from .errors import NoProviderAvailable
+from .errors import AIGatewayError, NoProviderAvailable, ProviderTimeout
 from .wakeup import Latch
 
+GIVE_UP_SECONDS = 1.0
+"""For work to end by itself, once its cancellation was due."""
+
+log = logging.getLogger("starlette_aigateway")
 T = TypeVar("T")
 Work = Callable[["Job[T]"], Awaitable[T]]
 
 
 class Job(Generic[T]):
-    """One piece of owned work, for `limit` seconds at the most. `abandoned`: it is given a deadline to come to its end. `awaited` tells
-    whether others than its caller wait for what it brings; then it goes on though that one leaves."""
+    """One piece of owned work, for `limit` seconds at the most. `abandoned`: it is given a deadline to come to its end, and `patience`
+    seconds more for what is not cancelled. `awaited` tells whether others than its caller wait for what it brings; then it goes on though
+    that one leaves. `asks` is the provider that it waits for, and `given_up` is called when nobody waits for the job any longer."""
 
-    def __init__(self, work: Work[T], drains: Drains, limit: float) -> None:
+    def __init__(self, work: Work[T], drains: Drains, limit: float, patience: float) -> None:
         self._work = work
         self._drains = drains
-        self._scope = anyio.CancelScope(deadline=anyio.current_time() + limit, shield=True)
+        self._patience = patience
+        deadline = anyio.current_time() + limit
+        self._scope = anyio.CancelScope(deadline=deadline, shield=True)
+        self.last = deadline + GIVE_UP_SECONDS
+        self.asks: str | None = None
+        self.given_up: Callable[[], None] = nothing
         self._done = Latch()
         self._value: T
         self._error: BaseException | None = None
@@ -66,7 +80,22 @@ class Job(Generic[T]):
 
     def _end_within(self, seconds: float) -> None:
         self.abandoned = True
-        self._scope.deadline = min(self._scope.deadline, anyio.current_time() + seconds)
+        deadline = anyio.current_time() + seconds
+        self._scope.deadline = min(self._scope.deadline, deadline)
+        self.last = min(self.last, deadline + self._patience + GIVE_UP_SECONDS)
+
+    def give_up(self) -> None:
+        """It has not ended though it was to: whoever waits is told so. It begins nothing new, and still settles what it has begun."""
+        if self.done:
+            return
+        self.abandoned = True
+        if self.asks is None:
+            log.error("work of the gateway does not end; it is waited for no longer")
+        else:
+            log.error("the provider %s does not end when it is cancelled; it is waited for no longer", self.asks)
+        self._error = unheard(self.asks)
+        self.given_up()
+        self._done.set()
 
     def critical(self, seconds: float) -> anyio.CancelScope:
         """A scope for what has to be known to have happened or not: within, being abandoned cancels nothing, and it ends after `seconds`
@@ -86,6 +115,11 @@ class Job(Generic[T]):
     async def finished(self) -> None:
         await self._done.wait()
 
+    async def finished_or_given_up(self) -> None:
+        with anyio.CancelScope(deadline=self.last):
+            await self._done.wait()
+        self.give_up()
+
     async def result(self) -> T:
         await self._done.wait()
         if self._error is not None:
@@ -95,6 +129,14 @@ class Job(Generic[T]):
 
 def nobody() -> bool:
     return False
+
+
+def nothing() -> None:
+    pass
+
+
+def unheard(provider: str | None) -> AIGatewayError:
+    return shut_down() if provider is None else ProviderTimeout(f"{provider} did not answer in time", billed="unknown")
 
 
 def shut_down() -> NoProviderAvailable:
@@ -111,10 +153,12 @@ class Owner:
 
 
 class Background:
-    """Starts jobs, and knows who owns them. `drains` says how long work goes on after its caller left."""
+    """Starts jobs, and knows who owns them. `drains` says how long work goes on after its caller left, and `patience` how many seconds
+    more it may take to settle then."""
 
-    def __init__(self, drains: Drains) -> None:
+    def __init__(self, drains: Drains, *, patience: float = math.inf) -> None:
         self.drains = drains
+        self._patience = patience
         self._owners: list[Owner] = []
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -134,7 +178,7 @@ class Background:
                 for job in [*owner.jobs]:
                     job.shut_down()
                 for job in [*owner.jobs]:
-                    await job.finished()
+                    await job.finished_or_given_up()
         if left is not None:
             raise left
 
@@ -163,23 +207,28 @@ class Background:
     def start(self, work: Work[T], limit: float = math.inf) -> AbstractAsyncContextManager[Job[T]]:
         """Runs `work` beside the block, for `limit` seconds at most. When the block is left before the work is done, the job is
         abandoned; without an owner, leaving waits for it."""
-        job = Job(work, self.drains, limit)
+        job = Job(work, self.drains, limit, self._patience)
         owner = self._owner()
         if _on_asyncio():
-            return InTask(job, owner, self._tasks)
+            return InTask(job, owner, self._tasks, limit)
         return _in_group(job, owner)
 
 
 class InTask(AbstractAsyncContextManager[Job[T]]):
     """A job in a bare task, which costs a fifth of one in a task group. The job itself says when it is done."""
 
-    def __init__(self, job: Job[T], owner: Owner | None, tasks: set[asyncio.Task[None]]) -> None:
+    def __init__(self, job: Job[T], owner: Owner | None, tasks: set[asyncio.Task[None]], limit: float) -> None:
         self._job = job
         self._owner = owner
         self._tasks = tasks
+        self._limit = limit
+        self._alarm: asyncio.TimerHandle | None = None
 
     async def __aenter__(self) -> Job[T]:
-        task = asyncio.get_running_loop().create_task(self._job.run())
+        loop = asyncio.get_running_loop()
+        task = loop.create_task(self._job.run())
+        if self._limit < math.inf:
+            self._alarm = loop.call_later(self._limit + GIVE_UP_SECONDS, self._job.give_up)
         self._tasks.add(task)
         task.add_done_callback(self._ended)
         if self._owner is not None:
@@ -188,6 +237,8 @@ class InTask(AbstractAsyncContextManager[Job[T]]):
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
+        if self._alarm is not None:
+            self._alarm.cancel()
         if self._owner is not None:
             self._owner.jobs.discard(self._job)
         self._job.ended()
@@ -198,7 +249,7 @@ class InTask(AbstractAsyncContextManager[Job[T]]):
         self._job.abandon()
         if self._owner is None:
             with anyio.CancelScope(shield=True):
-                await self._job.finished()
+                await self._job.finished_or_given_up()
 
 
 @asynccontextmanager
@@ -207,6 +258,7 @@ async def _in_group(job: Job[T], owner: Owner | None) -> AsyncIterator[Job[T]]:
     if owner is not None:
         owner.jobs.add(job)
         owner.group.start_soon(_keep, job, owner)
+        owner.group.start_soon(_watch, job)
         try:
             yield job
         finally:
@@ -216,6 +268,7 @@ async def _in_group(job: Job[T], owner: Owner | None) -> AsyncIterator[Job[T]]:
     left: BaseException | None = None
     async with anyio.create_task_group() as group:
         group.start_soon(job.run)
+        group.start_soon(_watch, job)
         try:
             yield job
         except BaseException as error:  # noqa: BLE001  # raised below as it came: a task group would wrap it
@@ -231,6 +284,11 @@ async def _keep(job: Job[Any], owner: Owner) -> None:
         await job.run()
     finally:
         owner.jobs.discard(job)
+
+
+async def _watch(job: Job[Any]) -> None:
+    with anyio.CancelScope(shield=True):
+        await job.finished_or_given_up()
 
 
 def _on_asyncio() -> bool:

@@ -134,7 +134,8 @@ class Composition(Administration):
                 timeouts.drain,
                 on_disconnect=on_disconnect,
                 at_most=max_drains,
-            )
+            ),
+            patience=timeouts.settle + 2 * timeouts.storage,
         )
         self.outbox = Outbox(self.ledger, clock, self.observers.emit, patience=2 * timeouts.storage)
         self.lifecycle = Lifecycle(self._start, self.background, self.outbox, self.observers, settle=timeouts.settle)
