@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -49,12 +50,14 @@ def run() -> int:
     try:
         return aigateway.main(prog_name="aigateway", standalone_mode=False) or 0
     except click.ClickException as error:
-        error.show()
+        shown = StringIO()
+        error.show(shown)
+        click.echo(_printable(shown.getvalue(), kept="\n"), nl=False, err=True)
         return error.exit_code
     except click.Abort:
         return INTERRUPTED
     except AIGatewayError as error:
-        click.echo(f"aigateway: {error.message}", err=True)
+        click.echo(f"aigateway: {_printable(error.message)}", err=True)
         return UNREADABLE
 
 
@@ -140,7 +143,7 @@ def budgets(data_dir: Path, principal: str | None, key_id: str | None, tenant: s
         scopes[tenant_scope(tenant)] = None
     with inspected(data_dir / "ledger.db", LEDGER_SCHEMA) as connection:
         found = read_budgets(connection, {**scopes, GATEWAY_SCOPE: None}, time.time())
-    rows = [{**shapes.budget(budget), "scope": budget.scope} for budget in found]
+        rows = [{**shapes.budget(budget), "scope": budget.scope} for budget in found]
     if as_json:
         _print_json({"data": rows})
     else:
@@ -179,9 +182,10 @@ def usage(data_dir: Path, group_by: str, as_json: bool, as_csv: bool, **filters:
 
         def read(cursor: str | None) -> UsageReport:
             try:
-                return UsageReader(UsageQuery(**filters, group_by=names, limit=MAX_PAGE, cursor=cursor), Prices()).read(connection)
+                reader = UsageReader(UsageQuery(**filters, group_by=names, limit=MAX_PAGE, cursor=cursor), Prices())
             except InvalidRequest as error:
-                raise click.BadParameter(error.message, param_hint="--group-by") from None
+                raise click.BadParameter(error.message, param_hint=f"--{error.param}".replace("_", "-")) from None
+            return reader.read(connection)
 
         _print_usage(read, names, as_json=as_json, as_csv=as_csv)
     return 0
@@ -227,8 +231,11 @@ def _print_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
 
 def _shown(cell: object) -> str:
     """Names come from callers: what is in them is neither markup nor a command to the terminal."""
-    text = "" if cell is None else str(cell)
-    return escape("".join(letter if letter.isprintable() else f"\\x{ord(letter):02x}" for letter in text))
+    return escape(_printable("" if cell is None else str(cell)))
+
+
+def _printable(text: str, kept: str = "") -> str:
+    return "".join(letter if letter.isprintable() or letter in kept else f"\\x{ord(letter):02x}" for letter in text)
 
 
 def _print_json(value: object) -> None:

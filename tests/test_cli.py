@@ -282,6 +282,43 @@ def test_an_empty_file_is_no_ledger_of_an_older_release(data_dir: Path) -> None:
     assert "put a backup back" in done.stderr
 
 
+def test_a_database_of_another_program_is_not_said_to_be_empty(data_dir: Path) -> None:
+    (data_dir / "ledger.db").unlink()
+    with closing(sqlite3.connect(data_dir / "ledger.db")) as connection:
+        connection.execute("CREATE TABLE songs (title TEXT)")
+    done = aigateway("check", "--data-dir", data_dir)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "ledger.db is the database of another program; --data-dir" in done.stderr
+    assert "backup" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("statement", "arguments"),
+    [
+        ('UPDATE usage SET price = \'["a", "b", "c", "d", "e"]\'', ("usage", "--csv")),
+        ("UPDATE usage SET price = '[]'", ("usage",)),
+        ("UPDATE usage SET cost = 'abc'", ("usage", "--csv")),
+        ("UPDATE balances SET spent = 'abc'", ("budgets",)),
+    ],
+)
+def test_a_report_over_values_that_no_gateway_wrote_ends_with_2_and_one_line(
+    data_dir: Path, statement: str, arguments: tuple[str, ...]
+) -> None:
+    tamper(data_dir, statement)
+    done = aigateway(*arguments, "--data-dir", data_dir)
+    assert done.returncode == 2
+    assert done.stderr.startswith("aigateway: ledger.db holds what no gateway wrote: ")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("arguments", [("check", "--data-dir"), ("check", "--data-dir", ".")])
+def test_a_path_is_no_command_to_the_terminal_either(tmp_path: Path, arguments: tuple[str, ...]) -> None:
+    done = aigateway(*arguments, tmp_path / "\x1b]0;owned\x07")
+    assert done.returncode == 2
+    assert "\x1b" not in done.stderr
+    assert r"\x1b]0;owned\x07" in done.stderr
+
+
 # -- reports -----------------------------------------------------------------------------------------------------------
 
 
@@ -317,6 +354,13 @@ def test_usage_is_told_as_a_table_as_json_and_as_csv(data_dir: Path) -> None:
     assert (len(records), records[0].partition(",")[0]) == (4, "id")
     for arguments in (("--group-by", "nonsense"), ("--json", "--csv"), ("--since", "yesterday")):
         assert aigateway("usage", "--data-dir", data_dir, *arguments).returncode == 2
+
+
+@pytest.mark.parametrize("option", ["--since", "--until"])
+def test_a_moment_out_of_range_is_blamed_on_its_own_option(data_dir: Path, option: str) -> None:
+    done = aigateway("usage", "--data-dir", data_dir, option, "0001-01-01")
+    assert done.returncode == 2
+    assert f"Invalid value for {option}" in done.stderr
 
 
 def test_a_name_is_no_command_to_the_terminal(data_dir: Path) -> None:

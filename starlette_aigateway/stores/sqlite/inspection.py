@@ -22,6 +22,8 @@ SELECT (SELECT count(*) FROM entries), (SELECT count(*) FROM holds WHERE expired
   (SELECT coalesce(sum(spent), 0) FROM balances WHERE scope = ? AND period = '')
 """
 
+VERSION: Final = "SELECT user_version, (SELECT count(*) FROM sqlite_schema) FROM pragma_user_version"
+
 
 class LedgerFigures(Struct, frozen=True, kw_only=True):
     """How much is in a ledger. `spent` is what the gateway as a whole has spent in its lifetime, in nano-USD."""
@@ -39,7 +41,7 @@ def inspected(path: Path, schema: Sequence[str]) -> Iterator[sqlite3.Connection]
     beside it again, which the next gateway takes over.
 
     Raises `ConfigurationError` where there is no such file or `schema` is not its version, and `StorageUnavailable` where it cannot be
-    read; both say what to do.
+    read; both say what to do. `StorageUnavailable` is also what becomes of a stored value that the block can make nothing of.
     """
     _check_place(path)
     try:
@@ -47,8 +49,13 @@ def inspected(path: Path, schema: Sequence[str]) -> Iterator[sqlite3.Connection]
             connection.execute("PRAGMA query_only=ON")
             connection.execute("PRAGMA trusted_schema=OFF")
             connection.execute("BEGIN")
-            _check_version(path.name, connection.execute("PRAGMA user_version").fetchone()[0], len(schema))
+            applied, tables = connection.execute(VERSION).fetchone()
+            _check_version(path.name, applied, tables, len(schema))
             yield connection
+    except UnicodeEncodeError:  # what was read is fine, and cannot be printed
+        raise
+    except (TypeError, ValueError, ArithmeticError) as error:  # SQLite keeps any value in any column
+        raise StorageUnavailable(f"{path.name} holds what no gateway wrote: {error}") from error
     except (sqlite3.Error, msgspec.MsgspecError) as error:
         raise StorageUnavailable(
             f"{path.name} cannot be read ({error}): run this as the user of the service; a damaged file is replaced by a backup of it"
@@ -86,9 +93,11 @@ def _check_place(path: Path) -> None:
         )
 
 
-def _check_version(name: str, applied: int, known: int) -> None:
+def _check_version(name: str, applied: int, tables: int, known: int) -> None:
     if applied > known:
         raise ConfigurationError(f"{name} has schema version {applied}, this release knows {known}: upgrade the package")
+    if not applied and tables:
+        raise ConfigurationError(f"{name} is the database of another program; --data-dir is the gateway's data_dir=", param="data_dir")
     if not applied:
         raise ConfigurationError(f"{name} is empty: put a backup back, with the service stopped")
     if applied < known:
