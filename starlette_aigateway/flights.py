@@ -44,6 +44,9 @@ class Flights:
         return flight
 
     def land(self, flight: Flight, done: Done | None) -> None:
+        """Only once: one whose call was given up has landed when that ends."""
+        if flight.landed.is_set:
+            return
         del self._flights[flight.key]
         flight.done = done
         flight.landed.set()

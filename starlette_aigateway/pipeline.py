@@ -269,6 +269,7 @@ class Pipeline:
 
     async def _lead(self, call: Call, offer: Offer, flight: Flight, job: Job[Done]) -> Done:
         job.awaited = flight.awaited
+        job.given_up = lambda: self._flights.land(flight, None)
         done: Done | None = None
         try:
             done = await self._attempt(call, offer, job)

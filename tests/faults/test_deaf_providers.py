@@ -105,6 +105,20 @@ async def test_a_caller_is_told_at_the_limit_of_its_call_and_what_the_provider_d
         assert await gateway.check_ledger() == []
 
 
+async def test_a_call_that_was_given_up_is_shared_with_no_later_one() -> None:
+    deaf = Deaf()
+    async with gateway_of(deaf) as gateway:
+        try:
+            with anyio.fail_after(5), pytest.raises(ProviderTimeout):
+                await gateway.complete(WHO, ask())
+            with anyio.fail_after(5), pytest.raises(ProviderTimeout) as caught:
+                await gateway.complete(WHO, ask())
+        finally:
+            deaf.ear.may_end.set()
+        await until_booked(gateway, 2)
+        assert caught.value.billed == "unknown", "it had a call of its own"
+
+
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
 @pytest.mark.parametrize("owned", [True, False])
 async def test_a_caller_that_leaves_is_kept_by_no_provider(owned: bool) -> None:
