@@ -270,7 +270,11 @@ class Admission:
 def _obstacle(model: str, provider: RegisteredProvider, price: Price | None) -> AIGatewayError | None:
     """Why the worst case of a target is not known, so that no cap can be held at it."""
     if price is None:
-        return PriceUnknown(f"the host has set no price for the model {model!r}, and this account has a spend cap", param="model")
+        return PriceUnknown(
+            f"the host has set no price for the model {model!r}, and this account has a spend cap; the host may set one with prices= or "
+            "PUT /prices",
+            param="model",
+        )
     if provider.bounds_output or provider.max_output_tokens is not None:
         return None
     return CostUnbounded(

@@ -6,6 +6,7 @@ has left. What touches the ledger is shielded on top of that, so that a hold tha
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Awaitable, Callable, Sequence
 from time import monotonic
 
@@ -36,6 +37,7 @@ from .types import Chunk, Completion, RawEvents, Timeouts
 from .wires import openai_chat
 
 MAX_CIRCUITS = 1024
+log = logging.getLogger("starlette_aigateway")
 
 
 class Attempts:
@@ -137,6 +139,7 @@ class Attempts:
                 raise _exhausted(failures[-1].error)
             step = next_step(plan, failures, now=monotonic(), deadline=call.deadline, policy=self._retries, opens_at=self._opens_at)
             if isinstance(step, GiveUp):
+                _lament(call, failures, step.error)
                 raise _exhausted(step.error)
             if step.delay == 0:
                 return await self._probe(call, offer, job, step.target, failures, unresolved)
@@ -297,3 +300,13 @@ def _exhausted(error: ProviderError) -> ProviderError:
     return NoProviderAvailable(
         "every provider of this model is over its rate limit", retryable=True, billed="no", status=429, retry_after=error.retry_after
     )
+
+
+def _lament(call: Call, failures: Sequence[Failure], error: ProviderError) -> None:
+    """For the operator: nobody answered, and who was asked last. What an upstream said is not repeated."""
+    if failures and not isinstance(error, ProviderRejected):
+        cause = type(error.__cause__).__name__ if error.__cause__ is not None else "no cause told"
+        log.warning(
+            "call %s for %r was answered by no provider; the last was %s, after %d attempts: %s (%s)",
+            call.request_id, call.plan.model, failures[-1].target.provider, len(failures), error.message, cause,
+        )  # fmt: skip

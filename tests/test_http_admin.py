@@ -353,11 +353,11 @@ def test_credits_are_listed_newest_first_page_by_page(host: Service) -> None:
 @pytest.mark.parametrize(
     ("changes", "param"),
     [
-        ({"amount_usd": 0}, "amount"),
-        ({"amount_usd": 0.5}, "amount"),
-        ({"amount_usd": "-1"}, "amount"),
+        ({"amount_usd": 0}, "amount_usd"),
+        ({"amount_usd": 0.5}, "amount_usd"),
+        ({"amount_usd": "-1"}, "amount_usd"),
         ({"amount_usd": None}, "amount_usd"),
-        ({"expires_at": "2001-01-01T00:00:00Z"}, "expires"),
+        ({"expires_at": "2001-01-01T00:00:00Z"}, "expires_at"),
         ({"expires_at": "tomorrow"}, "expires_at"),
         ({"expires_at": None}, "expires_at"),
         ({"expires_at": 7}, "expires_at"),

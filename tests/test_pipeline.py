@@ -686,3 +686,15 @@ async def test_a_model_is_needed_from_the_caller_or_the_prompt() -> None:
         with pytest.raises(InvalidRequest) as raised:
             await gateway.complete(NOBODY, CompletionRequest(prompt=PromptRef(name="p")))
         assert raised.value.param == "model"
+
+
+async def test_a_call_that_nobody_answered_is_told_to_the_operator_without_what_was_asked(caplog: pytest.LogCaptureFixture) -> None:
+    error = ProviderError("the provider first could not be reached", billed="no")
+    error.__cause__ = ConnectionRefusedError("10.0.0.7 says secret")
+    async with gateway_with(ScriptedProvider(error, name="first"), retries=RetryPolicy(rounds=1)) as gateway:
+        with pytest.raises(ProviderError):
+            await gateway.complete(NOBODY, ask("a private question"))
+    assert "answered by no provider; the last was first, after 1 attempts" in caplog.text
+    assert "ConnectionRefusedError" in caplog.text
+    assert "secret" not in caplog.text
+    assert "private" not in caplog.text

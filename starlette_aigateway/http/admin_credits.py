@@ -7,7 +7,7 @@ from typing import Any
 from starlette.responses import Response
 
 from ..accounts import Credit, tenant_scope
-from ..errors import InvalidRequest, NotFound, PermissionDenied
+from ..errors import InvalidArgument, InvalidRequest, NotFound, PermissionDenied
 from ..policy.keys import moment
 from . import pages, realm, shapes
 from .bodies import known_fields
@@ -44,9 +44,12 @@ async def add_credit(exchange: Exchange) -> Response:
     _check_may_give(exchange, whose)
     expires = moment(body["expires_at"], "expires_at")
     assert expires is not None
-    credit = await exchange.administration.add_credit(
-        amount=body["amount_usd"], expires=expires, note=body.get("note", ""), actor=exchange.administrator.actor, **whose
-    )
+    try:
+        credit = await exchange.administration.add_credit(
+            amount=body["amount_usd"], expires=expires, note=body.get("note", ""), actor=exchange.administrator.actor, **whose
+        )
+    except InvalidArgument as error:
+        raise _said_of_the_body(error) from None
     exchange.acted("credit.add", credit.id)
     return exchange.answer(shapes.credit(credit), 201)
 
@@ -64,6 +67,14 @@ async def end_credit(exchange: Exchange) -> Response:
         credit = await exchange.administration.end_credit(credit.id, actor=exchange.administrator.actor)
         exchange.acted("credit.end", credit.id)
     return exchange.answer(shapes.credit(credit))
+
+
+def _said_of_the_body(error: InvalidArgument) -> InvalidRequest:
+    if error.param in ("expires", "expires_at"):
+        return InvalidRequest("expires_at must be a moment in the future (RFC 3339), before the year 2223", param="expires_at")
+    if error.param == "amount":
+        return InvalidRequest(error.message.replace("amount", "amount_usd", 1), param="amount_usd")
+    return InvalidRequest(error.message, param=error.param)
 
 
 def _whose(body: dict[str, Any]) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from .origins import Origins
 from .questions import ask, check_function, login_unavailable
 
 FAILED_LOGINS_PER_MINUTE = 60
+UNAUTHENTICATED = 401
 log = logging.getLogger("starlette_aigateway")
 
 
@@ -76,6 +77,10 @@ class Door:
             raise _unknown(given)
         except AuthenticationError:
             await self._slow_down(connection)
+            raise
+        except HTTPException as refusal:
+            if refusal.status_code == UNAUTHENTICATED:
+                await self._slow_down(connection)
             raise
 
     async def caller(self, connection: HTTPConnection) -> Principal:

@@ -256,7 +256,7 @@ def check_parallel(claims: Sequence[ScopeClaim], books: Books) -> None:
             )
 
 
-OWNER = {"principal": "this key", "tenant": "this tenant", "gateway": "this gateway"}
+OWNER = {"principal": "this account", "tenant": "this tenant", "gateway": "this gateway"}
 WINDOW_NAME = {"day": "daily", "month": "monthly", "total": "lifetime"}
 
 
