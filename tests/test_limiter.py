@@ -189,12 +189,12 @@ async def test_an_outage_is_reported_anew_after_it_was_over(tmp_path: Path, cloc
     async with SQLiteWindowStorage(path=path, clock=clock) as storage:
         limiter = Limiter(storage, clock=clock, fail_open=True)
         for _ in range(2):
+            storage.close()
+            path.unlink()
             path.mkdir()
             assert await limiter.admit([requests(5)]) == ()
             path.rmdir()
             assert (await limiter.admit([requests(5)]))[0].remaining == 4
-            storage.close()
-            path.unlink()
     assert sum("calls are let through" in record.message for record in caplog.records) == 2
 
 
