@@ -384,3 +384,10 @@ def test_every_page_of_records_is_in_the_csv(tmp_path: Path) -> None:
         )
     lines = aigateway("usage", "--data-dir", tmp_path, "--csv").stdout.splitlines()
     assert len({line.partition(",")[0] for line in lines[1:]}) == len(lines) - 1 == known + 1500
+
+
+def test_a_ledger_that_was_there_and_is_gone_is_no_wrong_directory(tmp_path: Path) -> None:
+    (tmp_path / "ledger.db.lock").touch()
+    ended = aigateway("check", "--data-dir", str(tmp_path))
+    assert ended.returncode == 2
+    assert "ledger.db.lock says that there was one: put a backup back" in " ".join(ended.stderr.split())

@@ -84,7 +84,8 @@ def _check_place(path: Path) -> None:
     if not directory.is_dir():
         raise ConfigurationError(f"there is no directory {directory}; --data-dir is the gateway's data_dir=", param="data_dir")
     if not path.is_file():
-        raise ConfigurationError(f"there is no {path.name} in {directory}; --data-dir is the gateway's data_dir=", param="data_dir")
+        lost = f"; {path.name}.lock says that there was one: put a backup back" if path.with_name(path.name + ".lock").exists() else ""
+        raise ConfigurationError(f"there is no {path.name} in {directory}; --data-dir is the gateway's data_dir={lost}", param="data_dir")
     kind = file_system(directory)
     if kind in NETWORK_FILE_SYSTEMS:
         raise ConfigurationError(
