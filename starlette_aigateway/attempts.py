@@ -304,7 +304,7 @@ def _exhausted(error: ProviderError) -> ProviderError:
 
 def _lament(call: Call, failures: Sequence[Failure], error: ProviderError) -> None:
     """For the operator: nobody answered, and who was asked last. What an upstream said is not repeated."""
-    if failures and not isinstance(error, ProviderRejected):
+    if failures and not isinstance(_exhausted(error), ProviderRejected):
         cause = type(error.__cause__).__name__ if error.__cause__ is not None else "no cause told"
         log.warning(
             "call %s for %r was answered by no provider; the last was %s, after %d attempts: %s (%s)",
