@@ -3,7 +3,8 @@
 Everything is on: a stored key with windows of requests and of tokens and with caps of every kind, a durable ledger on disk in a new
 directory, the cache, an aiohttp transport. The limits are too large to refuse anything, and are counted all the same.
 
-With `LEDGER=none` nothing is held or booked, so that the cost of the ledger itself can be told.
+With `LEDGER=none` nothing is held or booked, so that the cost of the ledger itself can be told. With `DATA_DIR=<a directory>` that one is
+used and left there: by several workers, or filled before.
 
     $ WORK=<a directory> uvicorn --app-dir benchmarks app:app --port 9201 --loop uvloop --http httptools --no-access-log
 
@@ -16,14 +17,14 @@ import os
 import shutil
 import tempfile
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 from no_ledger import NoLedger
 from starlette.applications import Starlette
 from starlette.routing import Mount
 
-from starlette_aigateway import AIGateway, Price
+from starlette_aigateway import AIGateway, Conflict, Price
 from starlette_aigateway.policy.keys import mint
 from starlette_aigateway.providers import OpenAIProvider
 from starlette_aigateway.providers.transport_aiohttp import AiohttpTransport
@@ -48,7 +49,8 @@ def random(length: int) -> bytes:
 
 
 def build() -> Starlette:
-    data_dir = Path(tempfile.mkdtemp(prefix="aigateway-", dir=WORK))
+    given = os.environ.get("DATA_DIR")
+    data_dir = Path(given or tempfile.mkdtemp(prefix="aigateway-", dir=WORK))
     gateway = AIGateway(
         providers=[OpenAIProvider(api_key="upstream", base_url=UPSTREAM, transport=AiohttpTransport())],
         data_dir=data_dir,
@@ -61,18 +63,20 @@ def build() -> Starlette:
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         try:
             async with gateway.lifespan():
-                await gateway.create_key(
-                    "bench",
-                    requests_per_minute=PLENTY,
-                    tokens_per_minute=PLENTY,
-                    max_parallel_requests=PLENTY,
-                    daily_cap_usd=PLENTY,
-                    monthly_cap_usd=PLENTY,
-                    hard_cap_usd=PLENTY,
-                )
+                with suppress(Conflict):  # another worker has made it, or an earlier run
+                    await gateway.create_key(
+                        "bench",
+                        requests_per_minute=PLENTY,
+                        tokens_per_minute=PLENTY,
+                        max_parallel_requests=PLENTY,
+                        daily_cap_usd=PLENTY,
+                        monthly_cap_usd=PLENTY,
+                        hard_cap_usd=PLENTY,
+                    )
                 yield
         finally:
-            shutil.rmtree(data_dir, ignore_errors=True)
+            if given is None:
+                shutil.rmtree(data_dir, ignore_errors=True)
 
     return Starlette(routes=[Mount("/ai", app=gateway)], lifespan=lifespan)
 
