@@ -7,10 +7,13 @@
   scope, the `Limit` that it was decided under. Those of settled holds are at last replaced by `carry` entries (`ledger_prune.py`).
 - `usage`: one record for each attempt. The row number is the time in milliseconds and 20 bits that tell equal times apart, so that
   each index on a filter is also in the order of time, and none on the time itself is needed.
+- `rollups`: what records were rolled up to (`ledger_rollups.py`): how many they were and their sums, for each UTC day and combination of
+  what reports tell apart. The row number is the day and 32 bits that tell the rows of a day apart, as in `usage`.
 - `credits`: temporary top-ups, for good; `ended_at` is set when one no longer counts. Each is an entry of its amount when it is given,
   and one of the negative amount when it ends.
 - `caps`: those of tenants and of the gateway. `meta`: `day` is the latest UTC day that a hold was asked for in, granted or not,
-  in days since 1970; of the entries up to the row number `carried` not all are there any more; `carrying` is 1 while some are deleted.
+  in days since 1970; of the entries up to the row number `carried` not all are there any more; `carrying` is 1 while some are deleted;
+  records of the days before the day `rolled_up` may be rollups.
 """
 
 from __future__ import annotations
@@ -74,6 +77,21 @@ CREATE TRIGGER entries_never_change BEFORE UPDATE ON entries
 BEGIN SELECT raise(ABORT, 'entries are append-only'); END;
 CREATE TRIGGER entries_are_only_carried BEFORE DELETE ON entries WHEN (SELECT value FROM meta WHERE name = 'carrying') = 0
 BEGIN SELECT raise(ABORT, 'entries are append-only'); END;
+""",
+    """
+CREATE TABLE rollups (
+    seq INTEGER PRIMARY KEY, principal TEXT NOT NULL, tenant TEXT, key_id TEXT, provider TEXT NOT NULL, model TEXT NOT NULL,
+    outcome TEXT NOT NULL, records INTEGER NOT NULL,
+    input_tokens INTEGER NOT NULL, output_tokens INTEGER NOT NULL, cache_read_input_tokens INTEGER NOT NULL,
+    cache_creation_input_tokens INTEGER NOT NULL, cache_creation_1h_input_tokens INTEGER NOT NULL,
+    reasoning_output_tokens INTEGER NOT NULL, cost INTEGER NOT NULL
+);
+CREATE INDEX rollups_principal ON rollups (principal);
+CREATE INDEX rollups_tenant ON rollups (tenant) WHERE tenant IS NOT NULL;
+CREATE INDEX rollups_key ON rollups (key_id) WHERE key_id IS NOT NULL;
+CREATE INDEX rollups_model ON rollups (model);
+CREATE INDEX expired_holds ON holds (expires_at) WHERE expired = 1;
+INSERT INTO meta VALUES ('rolled_up', 0);
 """,
 )
 
