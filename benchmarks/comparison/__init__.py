@@ -1,0 +1,1 @@
+"""What `scripts/bench` does: the gateway against bare Starlette and a bare pass-through, on this machine, in one run."""
