@@ -6,8 +6,7 @@ https://platform.openai.com/docs/api-reference/chat-streaming
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import groupby
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import msgspec
 from msgspec import Raw, Struct
@@ -38,7 +37,21 @@ class WireChunk(Struct):
     id: str | None = None
 
 
+class PlainChoice(Struct):
+    finish_reason: None = None
+
+
+class PlainEvent(Struct):
+    """An event that carries nothing which the gateway needs: what carries more cannot be decoded as one."""
+
+    choices: list[PlainChoice] | None = None
+    usage: None = None
+    error: None = None
+    object: Literal["chat.completion.chunk"] | None = None
+
+
 _chunk_decoder = msgspec.json.Decoder(WireChunk)
+_plain_decoder = msgspec.json.Decoder(PlainEvent)
 
 
 class EventReader:
@@ -64,12 +77,14 @@ class EventReader:
 
     def feed(self, data: bytes) -> Iterator[StreamItem]:
         if self.saw_done:
-            return
+            return iter(())
         try:
             blocks = self._blocks.feed(data)
         except sse.SSEError:
             raise ProviderError("the provider sent an event that is too long") from None
-        yield from self._items(blocks)
+        if blocks.find(b"\n") == len(blocks) - 2 and _is_plain(blocks):
+            return iter((RawEvents(WIRE, blocks, 1),))
+        return self._items(blocks)
 
     def close(self) -> Iterator[StreamItem]:
         """At the end of the bytes: the event that lacks its blank line. A cut one says nothing and is dropped."""
@@ -78,55 +93,60 @@ class EventReader:
             yield from self._items(event.raw)
 
     def _items(self, blocks: bytes) -> Iterator[StreamItem]:
-        count = _count_plain(blocks)
-        if count:
-            yield RawEvents(WIRE, blocks, count)
-        elif blocks:
-            yield from self._mixed_items(sse.decode_events(blocks))
-
-    def _mixed_items(self, events: Iterable[sse.SSEEvent]) -> Iterator[StreamItem]:
-        for plain, run in groupby(events, lambda event: _count_plain(event.raw) > 0):
-            if plain:
-                raws = [event.raw for event in run]
-                yield RawEvents(WIRE, b"".join(raws), len(raws))
+        run: list[bytes] = []
+        for block in blocks.split(b"\n\n"):
+            if b"\n" not in block and _is_plain(block):
+                run.append(block)
                 continue
-            for event in run:
-                if _is_done(event):
-                    self.saw_done = True
-                    return
-                yield from self._chunks(event)
+            if run:
+                yield _raw(run)
+                run = []
+            event = sse.decode_block(block)
+            if event is None:
+                continue
+            if _is_done(event):
+                self.saw_done = True
+                return
+            for chunk in _decode_event(event):
+                if chunk.finish_reason is not None:
+                    self.saw_finish = True
+                yield chunk
+        if run:
+            yield _raw(run)
 
-    def _chunks(self, event: sse.SSEEvent) -> Iterator[Chunk]:
-        for chunk in _decode_event(event):
-            if chunk.finish_reason is not None:
-                self.saw_finish = True
-            yield chunk
+
+def _raw(run: list[bytes]) -> RawEvents:
+    return RawEvents(WIRE, b"\n\n".join([*run, b""]), len(run))
 
 
-def _count_plain(blocks: bytes) -> int:
-    """How many events `blocks` holds, if every one is a single `data` line that carries nothing which the gateway needs; else 0.
+def _is_plain(line: bytes) -> bool:
+    """Whether an event of this one line carries nothing that the gateway needs. What is not JSON, or not as it should be, is judged by its
+    bytes."""
+    if not line.startswith(b"data:"):
+        return False
+    try:
+        _plain_decoder.decode(line[5:])
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return _says_nothing(line)
+    return True
 
-    Looks at bytes only. It may call an event not plain that is (a token that reads "usage"), never the other way round: a key of a
-    JSON object stands in the bytes as it is, or with a letter written as `\\u006x` or `\\u007x`, and then nothing here is plain.
-    """
-    count = blocks.count(b"\n\n")
-    plain = (
-        blocks.count(b"\n") == 2 * count
-        and blocks.startswith(b"data:")
-        and blocks.count(b"\n\ndata:") == count - 1
-        and b"[DONE]" not in blocks
-        and b"\\u006" not in blocks
-        and b"\\u007" not in blocks
-        and _only_nulls(blocks, b'"finish_reason"')
-        and _only_nulls(blocks, b'"usage"')
-        and _only_nulls(blocks, b'"error"')
+
+def _says_nothing(line: bytes) -> bool:
+    """It may call an event not plain that is (a token that reads "usage"), never the other way round: a key of a JSON object stands in
+    the bytes as it is, or with a letter written as `\\u006x` or `\\u007x`, and then nothing here is plain."""
+    return (
+        _only_nulls(line, b'"finish_reason"')
+        and _only_nulls(line, b'"usage"')
+        and _only_nulls(line, b'"error"')
+        and b"[DONE]" not in line
+        and b"\\u006" not in line
+        and b"\\u007" not in line
     )
-    return count if plain else 0
 
 
-def _only_nulls(blocks: bytes, key: bytes) -> bool:
-    found = blocks.count(key)
-    return not found or found == blocks.count(key + b":null") + blocks.count(key + b": null")
+def _only_nulls(line: bytes, key: bytes) -> bool:
+    found = line.count(key)
+    return not found or found == line.count(key + b":null") + line.count(key + b": null")
 
 
 def _is_done(event: sse.SSEEvent) -> bool:
@@ -168,7 +188,7 @@ def _decode_event(event: sse.SSEEvent) -> Iterator[Chunk]:
 def decode_events(raw: RawEvents) -> Iterator[Chunk]:
     """The chunks of `raw`. An event with several choices gives one chunk for each: the first carries the whole event as `native`, the
     others an empty one. Raises `ProviderError` for what is not a chunk."""
-    for event in sse.decode_events(raw.data):
+    for event in sse.events_of(raw.data):
         if not _is_done(event):
             yield from _decode_event(event)
 

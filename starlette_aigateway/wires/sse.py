@@ -6,6 +6,8 @@ ends are turned into LF as the bytes come in, so that all else here looks for on
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from msgspec import Struct
 
 MAX_EVENT_BYTES = 16 * 2**20
@@ -41,6 +43,8 @@ class BlockReader:
         self._started = False
 
     def feed(self, data: bytes) -> bytes:
+        if self._started and not self._buffer and not self._after_cr and _is_whole(data) and len(data) <= self._max:
+            return data
         if not self._started:
             data = self._without_bom(data)
         if self._after_cr or b"\r" in data:
@@ -102,6 +106,11 @@ class SSEDecoder:
         return decode_events(self._blocks.close())
 
 
+def _is_whole(data: bytes) -> bool:
+    """As most reads are: nothing is to be turned, and nothing left over."""
+    return data.endswith(b"\n\n") and b"\r" not in data
+
+
 def split_complete(buffer: bytes) -> tuple[bytes, bytes]:
     """Whole events and the rest of `buffer`, whose line ends are LF."""
     end = buffer.rfind(b"\n\n")
@@ -110,7 +119,19 @@ def split_complete(buffer: bytes) -> tuple[bytes, bytes]:
 
 def decode_events(blocks: bytes) -> list[SSEEvent]:
     """The events of whole blocks with LF as line ends, in order. Blocks without a `data` field dispatch nothing."""
-    return [event for block in blocks.split(b"\n\n") if (event := decode_block(block)) is not None]
+    return list(events_of(blocks))
+
+
+def events_of(blocks: bytes) -> Iterator[SSEEvent]:
+    """The same one by one, each decoded when it is asked for."""
+    start = 0
+    while start < len(blocks):
+        end = blocks.find(b"\n\n", start)
+        end = len(blocks) if end < 0 else end
+        event = decode_block(blocks[start:end])
+        if event is not None:
+            yield event
+        start = end + 2
 
 
 def decode_block(block: bytes) -> SSEEvent | None:
