@@ -7,11 +7,12 @@ https://platform.openai.com/docs/pricing, https://ai.google.dev/gemini-api/docs/
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from decimal import Decimal
 from itertools import pairwise
+from math import inf
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 from . import money
 from .errors import InvalidArgument
@@ -27,6 +28,33 @@ FOLLOWS: Mapping[str, str] = MappingProxyType(
     {"cache_read": "input", "cache_write": "input", "cache_write_1h": "cache_write", "reasoning": "output"}
 )
 """Whose rate a kind has that is not given one."""
+
+
+class Rates(NamedTuple):
+    """Nano-USD per million tokens, for calls of at most `longest` input tokens."""
+
+    longest: float
+    input: int
+    output: int
+    cache_read: int
+    cache_write: int
+    cache_write_1h: int
+    reasoning: int
+    dearest_input: int
+    dearest_output: int
+
+
+class Tariff(NamedTuple):
+    """A `Price` as whole numbers: nano-USD per call, and the rates of its tiers from the shortest calls to the longest. `reasons`:
+    reasoning has a rate of its own."""
+
+    request: int
+    tiers: tuple[Rates, ...]
+    reasons: bool
+
+    def at(self, input_tokens: int) -> Rates:
+        """The rates of a call with `input_tokens`."""
+        return next(rates for rates in self.tiers if input_tokens <= rates.longest)
 
 
 @dataclass(frozen=True, slots=True, init=False)
@@ -85,6 +113,7 @@ class Price:
     reasoning: Decimal
     request: Decimal
     tiers: tuple[PriceTier, ...]
+    tariff: Tariff = field(init=False, repr=False, compare=False)
 
     def __init__(
         self,
@@ -101,6 +130,7 @@ class Price:
         _set_rates(self, (input, output, cache_read, cache_write, cache_write_1h, reasoning))
         object.__setattr__(self, "request", money.usd(request, "request"))
         object.__setattr__(self, "tiers", _ascending(tiers))
+        object.__setattr__(self, "tariff", _tariff(self))
 
     @classmethod
     def free(cls) -> Price:
@@ -114,6 +144,18 @@ def _set_rates(owner: Price | PriceTier, given: Sequence[Money | None]) -> None:
         follows = amount is None and name in FOLLOWS
         rate = getattr(owner, FOLLOWS[name]) if follows else money.usd(amount, name)  # type: ignore[arg-type]  # refuses None by name
         object.__setattr__(owner, name, rate)
+
+
+def _tariff(price: Price) -> Tariff:
+    owners: tuple[Price | PriceTier, ...] = (price, *price.tiers)
+    ends = (*(tier.above for tier in price.tiers), inf)
+    tiers = tuple(_rates(owner, longest) for owner, longest in zip(owners, ends, strict=True))
+    return Tariff(money.nano(price.request), tiers, any(rates.reasoning != rates.output for rates in tiers))
+
+
+def _rates(owner: Price | PriceTier, longest: float) -> Rates:
+    input_, output, read, write, write_1h, reasoning = (money.nano(getattr(owner, name)) for name in RATES)
+    return Rates(longest, input_, output, read, write, write_1h, reasoning, max(input_, read, write, write_1h), max(output, reasoning))
 
 
 def _ascending(tiers: Any) -> tuple[PriceTier, ...]:

@@ -151,7 +151,7 @@ def affordable(granted: int, input_tokens: int, n: int | None, price: Price | No
     not even the input is paid for; `wanted` where output costs nothing, or nobody knows what it costs."""
     if price is None:
         return wanted
-    request, tiers = pricing.tariff(price)
+    request, tiers, _ = price.tariff
     for longest, rates in pricing.reached(tiers, input_tokens):
         left = (granted - request) * pricing.MILLION - longest * rates.dearest_input
         if left < 0:

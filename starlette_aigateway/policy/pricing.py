@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import lru_cache
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 from ..errors import InvalidArgument
-from ..money import nano
-from ..prices import RATES, Price, PriceTier
+from ..prices import Price, Rates
 from ..types import Usage, check_id
 
 MILLION = 10**6
@@ -21,43 +18,6 @@ ConfiguredPrices: TypeAlias = Mapping[str, Price] | Mapping[tuple[str, str], Pri
 """Prices as hosts write them: `{"gpt-4o": Price(...), ("azure", "gpt-4o"): Price(...)}`."""
 
 
-class Rates(NamedTuple):
-    """Nano-USD per million tokens, for calls of at most `longest` input tokens."""
-
-    longest: float
-    input: int
-    output: int
-    cache_read: int
-    cache_write: int
-    cache_write_1h: int
-    reasoning: int
-    dearest_input: int
-    dearest_output: int
-
-
-class Tariff(NamedTuple):
-    """A `Price` as whole numbers: nano-USD per call, and the rates of its tiers from the shortest calls to the longest."""
-
-    request: int
-    tiers: tuple[Rates, ...]
-
-    def at(self, input_tokens: int) -> Rates:
-        """The rates of a call with `input_tokens`."""
-        return next(rates for rates in self.tiers if input_tokens <= rates.longest)
-
-
-@lru_cache(maxsize=1024)
-def tariff(price: Price) -> Tariff:
-    owners: tuple[Price | PriceTier, ...] = (price, *price.tiers)
-    ends = (*(tier.above for tier in price.tiers), math.inf)
-    return Tariff(nano(price.request), tuple(_rates(owner, longest) for owner, longest in zip(owners, ends, strict=True)))
-
-
-def _rates(owner: Price | PriceTier, longest: float) -> Rates:
-    input_, output, read, write, write_1h, reasoning = (nano(getattr(owner, name)) for name in RATES)
-    return Rates(longest, input_, output, read, write, write_1h, reasoning, max(input_, read, write, write_1h), max(output, reasoning))
-
-
 def cost(usage: Usage, price: Price | None) -> int:
     """Nano-USD of what was used: `ceil(sum(tokens * nano_usd_per_million) / 10^6)` plus the price per call.
 
@@ -67,13 +27,11 @@ def cost(usage: Usage, price: Price | None) -> int:
     """
     if price is None:
         return 0
-    request, tiers = tariff(price)
+    tariff = price.tariff
     read, hour, thought = usage.cache_read_input_tokens, usage.cache_creation_1h_input_tokens, usage.reasoning_output_tokens
     minutes = max(usage.cache_creation_input_tokens - hour, 0)
     plain = max(usage.input_tokens - read - minutes - hour, 0)
-    rates = tiers[0]
-    if len(tiers) > 1:
-        rates = tariff(price).at(read + minutes + hour + plain)
+    rates = tariff.tiers[0] if len(tariff.tiers) == 1 else tariff.at(read + minutes + hour + plain)
     total = (
         plain * rates.input
         + read * rates.cache_read
@@ -82,7 +40,7 @@ def cost(usage: Usage, price: Price | None) -> int:
         + max(usage.output_tokens - thought, 0) * rates.output
         + thought * rates.reasoning
     )
-    return up(total) + request
+    return up(total) + tariff.request
 
 
 def most(input_tokens: int, output_tokens: int, price: Price | None) -> int:
@@ -90,9 +48,9 @@ def most(input_tokens: int, output_tokens: int, price: Price | None) -> int:
     shorter ones may be the dearer. None costs nothing."""
     if price is None:
         return 0
-    request, tiers = tariff(price)
+    request, tiers, _ = price.tariff
     if len(tiers) == 1:
-        (rates,) = tiers
+        rates = tiers[0]
         return up(input_tokens * rates.dearest_input + output_tokens * rates.dearest_output) + request
     return request + max(
         up(longest * rates.dearest_input + output_tokens * rates.dearest_output) for longest, rates in reached(tiers, input_tokens)
@@ -101,7 +59,7 @@ def most(input_tokens: int, output_tokens: int, price: Price | None) -> int:
 
 def bills_reasoning(price: Price | None) -> bool:
     """Whether the model of this price thinks: reasoning has a rate of its own."""
-    return price is not None and any(rates.reasoning != rates.output for rates in tariff(price).tiers)
+    return price is not None and price.tariff.reasons
 
 
 def reached(tiers: Sequence[Rates], input_tokens: int) -> Iterator[tuple[int, Rates]]:
@@ -138,14 +96,23 @@ class PriceBook:
         """The price of `model`, which `provider` knows as `upstream`. In the stored and then in the configured prices:
         `(provider, upstream)`, `(provider, model)`, `model`, `upstream`; at last the published price of `(provider, upstream)`.
         None: nobody priced it."""
-        for prices in (stored, self._configured):
-            if not prices:
-                continue
-            for key in ((provider, upstream), (provider, model), (None, model), (None, upstream)):
-                price = prices.get(key)
-                if price is not None:
-                    return price
-        return None if self._public is None else self._public(provider, upstream)
+        price = stored_price(provider, upstream, model, stored)
+        return price if price is not None else self.unstored(provider, upstream, model)
+
+    def unstored(self, provider: str, upstream: str, model: str) -> Price | None:
+        """The same where no price is stored. It stays as it is for as long as the gateway lives."""
+        price = stored_price(provider, upstream, model, self._configured)
+        return price if price is not None or self._public is None else self._public(provider, upstream)
+
+
+def stored_price(provider: str, upstream: str, model: str, prices: Mapping[tuple[str | None, str], Price]) -> Price | None:
+    """The price of `model` in one table, as `PriceBook.lookup` says."""
+    if prices:
+        for key in ((provider, upstream), (provider, model), (None, model), (None, upstream)):
+            price = prices.get(key)
+            if price is not None:
+                return price
+    return None
 
 
 def configured_prices(prices: Any) -> dict[tuple[str | None, str], Price]:
