@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from starlette_aigateway.errors import InvalidArgument, InvalidRequest
 from starlette_aigateway.policy import caching
 from starlette_aigateway.policy.caching import CachedAnswer, CachedCompletion, CachedEvents, CachePolicy
+from starlette_aigateway.policy.estimate import encoded
 from starlette_aigateway.types import CacheControl, Completion, CompletionRequest, Message, Native, Principal, PromptRef, Tenant, Usage
 
 HELLO: list[Message] = [{"role": "user", "content": "hello"}]
@@ -80,6 +81,14 @@ def test_the_order_of_names_and_the_type_of_containers_are_not() -> None:
     assert key(but(params={"user": "u", "top_p": 0.9})) == key()
     assert key(but(params=MappingProxyType({"user": "u", "top_p": 0.9}), messages=tuple(HELLO))) == key()
     assert key(but(messages=[{"content": "hello", "role": "user"}])) == key()
+
+
+def test_a_key_stays_what_it_was_so_that_what_is_kept_is_found() -> None:
+    said: list[Message] = [{"role": "user", "content": "Grüß dich"}, {"content": "hello", "role": "assistant"}]
+    asked = CompletionRequest(model="gpt-4o", messages=said, temperature=0.5, max_tokens=100, n=2, params={"user": "u", "top_p": 0.9})
+    kept = "5776d78ab78190e45926cd561cdeefeb906a4e461c3fa298befdf6e97d5b54db"
+    assert key(asked, stream=True, plan="openai:gpt-4o", scope="tenant:acme") == kept
+    assert caching.cache_key(asked, stream=True, plan="openai:gpt-4o", scope="tenant:acme", sent=encoded(asked)) == kept
 
 
 def test_a_stream_shares_the_key_unless_its_choices_interleave() -> None:

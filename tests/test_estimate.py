@@ -7,6 +7,7 @@ from types import MappingProxyType
 from typing import Any, Literal
 from unicodedata import normalize
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -77,6 +78,15 @@ def test_no_tokenizer_that_normalizes_first_makes_more_tokens_than_the_bound(sai
 def test_mappings_and_sequences_of_other_types_are_measured() -> None:
     asked = CompletionRequest(model="m", messages=({"role": "user", "content": "x" * 100},), params=MappingProxyType({"stop": range(3)}))
     assert estimate.size(asked) > 100
+
+
+@given(said=messages)
+def test_what_is_encoded_once_measures_the_same_as_what_is_encoded_for_the_purpose(said: list[Message]) -> None:
+    asked = CompletionRequest(model="m", messages=said, params={"stop": "x", "user": "ü"})
+    sent = estimate.encoded(asked)
+    assert sent.size == estimate.size(asked) == len(msgspec.json.encode((asked.messages, asked.params)))
+    assert estimate.input_bound(asked, sent=sent) == estimate.input_bound(asked)
+    assert estimate.tokens_for_window(asked, 5, sent=sent) == estimate.tokens_for_window(asked, 5)
 
 
 @pytest.mark.parametrize("value", [object(), {"a": object()}, "\ud800", {(1, 2): 3}])

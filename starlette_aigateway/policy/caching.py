@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import re
 from dataclasses import dataclass
+from hashlib import sha256
 from typing import Any, Literal, TypeAlias, get_args
 
 import msgspec
-from msgspec import Struct
+from msgspec import Raw, Struct
 
 from ..accounts import GATEWAY_SCOPE, principal_scope, tenant_scope
 from ..errors import InvalidArgument, InvalidRequest
 from ..types import CacheControl, Completion, CompletionRequest, Native, Principal, Usage
-from .estimate import jsonable
+from .estimate import Encoded, encoded, jsonable
 
 Scope: TypeAlias = Literal["tenant", "principal", "gateway"]
 
@@ -72,33 +72,34 @@ def shared_by(scope: Scope, principal: Principal) -> str:
     return tenant_scope(tenant) if scope == "tenant" and tenant is not None else principal_scope(principal.id)
 
 
-_CANONICAL = msgspec.json.Encoder(order="sorted", enc_hook=jsonable)
+_SHAPE = msgspec.json.Encoder(order="sorted", enc_hook=jsonable)
 
 
-def cache_key(request: CompletionRequest, *, stream: bool, plan: str, scope: str) -> str | None:
+def cache_key(request: CompletionRequest, *, stream: bool, plan: str, scope: str, sent: Encoded | None = None) -> str | None:
     """The SHA-256 (hex) of everything that shapes the answer: the request as the caller sent it, the fingerprint of the `plan` and the
-    `scope` that shares it.
+    `scope` that shares it. `sent` is `encoded(request)`, where that is known.
 
     Whether it is streamed does not shape it, save for several choices, which come interleaved. `1` and `1.0` are different requests.
     None: a parameter that no JSON can carry (an object in an in-process call), which has no identity that could be compared: such a call
     goes past the cache.
     """
-    shape = (
-        KEY_VERSION,
-        scope,
-        plan,
-        request.model,
-        request.messages,
-        request.temperature,
-        request.max_tokens,
-        request.n,
-        request.prompt,
-        request.params,
-        stream and (request.n or 1) > 1,
-    )
     try:
-        return hashlib.sha256(_CANONICAL.encode(shape)).hexdigest()
-    except (TypeError, ValueError, OverflowError, RecursionError, msgspec.MsgspecError):
+        messages, params = sent or encoded(request)
+        shape = (
+            KEY_VERSION,
+            scope,
+            plan,
+            request.model,
+            Raw(messages),
+            request.temperature,
+            request.max_tokens,
+            request.n,
+            request.prompt,
+            Raw(params),
+            stream and (request.n or 1) > 1,
+        )
+        return sha256(_SHAPE.encode(shape)).hexdigest()
+    except (InvalidRequest, TypeError, ValueError, OverflowError, RecursionError, msgspec.MsgspecError):
         return None
 
 

@@ -11,7 +11,7 @@ text: an image costs tokens by its size in pixels, not by its bytes; whoever kno
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 from unicodedata import normalize
 
 import msgspec
@@ -71,40 +71,59 @@ def jsonable(value: Any) -> Any:
     raise TypeError
 
 
-_ENCODER = msgspec.json.Encoder(enc_hook=jsonable)
+_CANONICAL = msgspec.json.Encoder(order="sorted", enc_hook=jsonable)
 
 
-def size(request: CompletionRequest) -> int:
-    """Bytes of the messages and parameters as JSON, which is at least the UTF-8 bytes of every text in them. Raises `InvalidRequest` for
-    what JSON cannot carry."""
-    return len(_encoded(request))
+class Encoded(NamedTuple):
+    """The messages and the parameters of a request as canonical JSON: encoded once, measured and compared by these bytes."""
+
+    messages: bytes
+    params: bytes
+
+    @property
+    def size(self) -> int:
+        """Bytes of both in one list, which is at least the UTF-8 bytes of every text in them."""
+        return len(self.messages) + len(self.params) + len("[,]")
+
+    @property
+    def longest(self) -> int:
+        """The same of the text, as it is or in a normal form."""
+        if self.messages.isascii() and self.params.isascii():
+            return self.size
+        text = (b"[%b,%b]" % self).decode()
+        return max(self.size, *(len(normalize(form, text).encode()) for form in NORMAL_FORMS))
 
 
-def _encoded(request: CompletionRequest) -> bytes:
+def encoded(request: CompletionRequest) -> Encoded:
+    """Raises `InvalidRequest` for what JSON cannot carry."""
     try:
-        return _ENCODER.encode((request.messages, request.params))
+        return Encoded(_CANONICAL.encode(request.messages), _CANONICAL.encode(request.params))
     except (TypeError, ValueError, OverflowError, RecursionError, msgspec.MsgspecError):
         raise InvalidRequest("messages and parameters must be JSON values") from None  # the cause may quote a prompt
 
 
-def _longest(encoded: bytes) -> int:
-    """Bytes of the text, as it is or in a normal form."""
-    if encoded.isascii():
-        return len(encoded)
-    text = encoded.decode()
-    return max(len(encoded), *(len(normalize(form, text).encode()) for form in NORMAL_FORMS))
+def size(request: CompletionRequest) -> int:
+    """`Encoded.size` of `request`. Raises `InvalidRequest` as `encoded` does."""
+    return encoded(request).size
 
 
-def input_bound(request: CompletionRequest, *, extra: int = 0) -> int:
+def input_bound(request: CompletionRequest, *, extra: int = 0, sent: Encoded | None = None) -> int:
     """The most input tokens that `request` can be, once its prompt is rendered. `extra` are tokens of what is not text, less the bytes
-    that are only theirs. Raises `InvalidRequest` as `size` does."""
-    bound = _longest(_encoded(request)) + TOKENS_PER_REQUEST + TOKENS_PER_MESSAGE * len(request.messages) + extra
-    tools = [offered for name in ("tools", "functions") if isinstance(offered := request.params.get(name), Sequence)]
+    that are only theirs; `sent` is `encoded(request)`, where that is known. Raises `InvalidRequest` as `encoded` does."""
+    longest = (sent or encoded(request)).longest
+    bound = longest + TOKENS_PER_REQUEST + TOKENS_PER_MESSAGE * len(request.messages) + extra
+    return bound + _frames(request.params) if request.params else bound
+
+
+def _frames(params: Mapping[str, Any]) -> int:
+    """Tokens that some parameters bring with them, besides their own bytes."""
+    tokens = 0
+    tools = [offered for name in ("tools", "functions") if isinstance(offered := params.get(name), Sequence)]
     if tools:
-        bound += TOKENS_FOR_TOOLS + TOKENS_PER_TOOL * sum(map(len, tools))
-    if request.params.get("response_format") is not None:
-        bound += TOKENS_FOR_FORMAT
-    return bound
+        tokens += TOKENS_FOR_TOOLS + TOKENS_PER_TOOL * sum(map(len, tools))
+    if params.get("response_format") is not None:
+        tokens += TOKENS_FOR_FORMAT
+    return tokens
 
 
 def amount(input_tokens: int, output_tokens: int, n: int | None, price: Price | None) -> int:
@@ -129,21 +148,18 @@ def ask(
     that, else `DEFAULT_MAX_TOKENS`; and the budget may lower it down to `min_output_tokens`. Where a bound is not `obeyed`, all of
     `model_maximum` may come, whatever is asked for.
     """
-    given = request.max_tokens is not None
+    given = request.max_tokens
     if not obeyed and model_maximum is not None:
         output = least = model_maximum
-    elif request.max_tokens is not None:
-        output = least = request.max_tokens
+    elif given is not None:
+        output = least = given
     else:
         bounds = [bound for bound in (default_max_tokens, model_maximum) if bound is not None]
         output = min(bounds, default=DEFAULT_MAX_TOKENS)
         least = min(min_output_tokens, output)
-    return Ask(
-        minimum=amount(input_tokens, least, request.n, price),
-        wanted=amount(input_tokens, output, request.n, price),
-        output_wanted=output,
-        given=given,
-    )
+    wanted = amount(input_tokens, output, request.n, price)
+    minimum = wanted if least == output else amount(input_tokens, least, request.n, price)
+    return Ask(minimum=minimum, wanted=wanted, output_wanted=output, given=given is not None)
 
 
 def affordable(granted: int, input_tokens: int, n: int | None, price: Price | None, wanted: int) -> int:
@@ -176,13 +192,15 @@ def received(text_bytes: int, *, input_tokens: int, bound: int | None = None, n:
     return Usage(input_tokens=input_tokens, output_tokens=max(output, unseen * choices))
 
 
-def tokens_for_window(request: CompletionRequest, output_bound: int | None, *, images: int = 0, image_bytes: int = 0) -> int:
+def tokens_for_window(
+    request: CompletionRequest, output_bound: int | None, *, images: int = 0, image_bytes: int = 0, sent: Encoded | None = None
+) -> int:
     """What a token window is charged when a call is let in, corrected when it is settled; at least 1.
 
     A realistic figure: bytes / 4 for the input, as much as is usual for each of the `images`, whose `image_bytes` are not text, and
     `output_bound` in each choice only where the caller gave one. The window paces calls and costs nobody money; charging it with the worst
-    case would turn away calls that fit several times over.
+    case would turn away calls that fit several times over. `sent` as in `input_bound`.
     """
-    text = size(request) - image_bytes
+    text = (sent or encoded(request)).size - image_bytes
     output = (output_bound or 0) * (request.n or 1)
     return max(1, -(-text // BYTES_PER_TOKEN) + images * USUAL_IMAGE + output)
