@@ -109,15 +109,16 @@ MAX_NAME = 64  # what is longer is not repeated in an error
 
 def unbounded_parameters(request: CompletionRequest) -> Iterator[str]:
     """Everything in `request` whose cost has no bound: `web_search_options`, `messages[0].content[1].image_url`."""
-    for name, value in request.params.items():
-        if value is not None and PARAMETERS.get(name, "unbounded") == "unbounded" and value not in HARMLESS.get(name, ()):
-            yield name
-    yield from _tools(request.params.get("tools"))
-    yield from _functions(request.params.get("functions"))
-    yield from _thinking(request.params.get("thinking"), request.max_tokens)
+    params = request.params
+    if params:
+        for name, value in params.items():
+            if value is not None and PARAMETERS.get(name, "unbounded") == "unbounded" and value not in HARMLESS.get(name, ()):
+                yield name
+        yield from _tools(params.get("tools"))
+        yield from _functions(params.get("functions"))
+        yield from _thinking(params.get("thinking"), request.max_tokens)
     for index, message in enumerate(request.messages):
-        content = message.get("content")
-        if len(message) > 2 or not isinstance(content, str) or "role" not in message:
+        if len(message) != 2 or type(message.get("content")) is not str or "role" not in message:
             yield from _message(message, f"messages[{index}]")
 
 
@@ -215,4 +216,5 @@ NO_REASONING: tuple[Any, ...] = (
 
 def asks_for_reasoning(request: CompletionRequest) -> bool:
     """Whether `request` asks for output that is billed and need not be sent."""
-    return any(name in request.params and request.params[name] not in NO_REASONING for name in REASONING)
+    params = request.params
+    return bool(params) and any(name in params and params[name] not in NO_REASONING for name in REASONING)

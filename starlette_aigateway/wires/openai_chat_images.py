@@ -33,7 +33,7 @@ def images(request: CompletionRequest, bounds: ImageTokens) -> Images:
     number = tokens = size = 0
     for message in request.messages:
         content = message.get("content")
-        if not isinstance(content, list | tuple):
+        if type(content) is str or not isinstance(content, list | tuple):
             continue
         for part in _image_parts(content):
             number += 1
