@@ -73,7 +73,7 @@ class Limiter:
         if not claims:
             return ()
         check_fits(claims)
-        outcome = await self._guarded(lambda: self._windows.acquire_all(claims))
+        outcome = await self._guarded(self._windows.acquire_all, claims)
         if isinstance(outcome, Refusal):
             raise exceeded(outcome)
         return outcome
@@ -85,7 +85,7 @@ class Limiter:
             check_fits(claims)
         except InvalidRequest as error:
             return await self.peek([replace(claim, amount=0) for claim in claims]), error
-        outcome = await self._guarded(lambda: self._windows.probe(claims)) if claims else ()
+        outcome = await self._guarded(self._windows.probe, claims) if claims else ()
         return (outcome.states, exceeded(outcome)) if isinstance(outcome, Refusal) else (outcome, None)
 
     async def correct(self, claims: Sequence[WindowClaim], actual_tokens: int, *, admitted_at: float | None = None) -> None:
@@ -102,11 +102,13 @@ class Limiter:
     async def peek(self, claims: Sequence[WindowClaim]) -> Sequence[WindowState]:
         """The windows of `claims` as they are, in the same order; takes nothing. Raises `StorageUnavailable`; empty where the
         storage failed open."""
-        return await self._guarded(lambda: self._windows.peek(claims)) if claims else ()
+        return await self._guarded(self._windows.peek, claims) if claims else ()
 
-    async def _guarded(self, ask: Callable[[], Awaitable[Outcome]]) -> Outcome | tuple[()]:
+    async def _guarded(
+        self, ask: Callable[[Sequence[WindowClaim]], Awaitable[Outcome]], claims: Sequence[WindowClaim]
+    ) -> Outcome | tuple[()]:
         try:
-            outcome = await ask()
+            outcome = await ask(claims)
         except self._faults as error:
             if self._fail_open:
                 self._report(error, "calls are let through")

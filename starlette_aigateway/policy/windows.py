@@ -10,6 +10,7 @@ Two kinds of window, after the strategies of `limits` (https://limits.readthedoc
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Literal, NamedTuple
 
 from msgspec import Struct
@@ -180,9 +181,13 @@ def in_seconds(span: int) -> float:
 
 
 def demand_of(claim: WindowClaim) -> Demand:
+    return Demand(_window(claim.scope, claim.kind, claim.seconds), claim.limit, claim.amount)
+
+
+@lru_cache(maxsize=4096)
+def _window(scope: str, kind: WindowKind, seconds: int) -> Window:
     """Requests are counted exactly, tokens by the counter."""
-    form: Form = "moving" if claim.kind == "requests" else "sliding"
-    return Demand(Window(claim.key, form, claim.seconds), claim.limit, claim.amount)
+    return Window(WindowClaim(scope, kind, 1, 1, seconds).key, "moving" if kind == "requests" else "sliding", seconds)
 
 
 def check_fits(claims: Sequence[WindowClaim]) -> None:
