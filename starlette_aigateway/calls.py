@@ -16,7 +16,9 @@ from .policy.estimate import Ask
 from .policy.routing import Plan, Target
 from .policy.windows import WindowClaim, WindowState
 from .providers.simple import RegisteredProvider
-from .types import Answer, CacheStatus, CallOptions, Completion, CompletionRequest, Limits, Native, Price, Principal
+from .standing import Standing
+from .types import Answer, CacheStatus, CallOptions, Completion, CompletionRequest, Native, Price, Principal
+from .weight import Weight
 
 
 class PricedTarget(Struct, frozen=True):
@@ -44,16 +46,19 @@ class Offer(Struct, frozen=True, kw_only=True):
     passed_over: AIGatewayError | None = None
 
     def at(self, target: Target) -> PricedTarget:
-        return next(priced for priced in self.targets if priced.target == target)
+        for priced in self.targets:
+            if priced.target == target:
+                return priced
+        raise LookupError(target)
 
     @property
     def plan(self) -> tuple[Target, ...]:
-        return tuple(priced.target for priced in self.targets)
+        return tuple([priced.target for priced in self.targets])
 
     @property
     def admission(self) -> int:
         """Nano-USD that the dearest target needs at the least."""
-        return max(priced.ask.minimum for priced in self.targets)
+        return max([priced.ask.minimum for priced in self.targets])
 
     def output_bound(self, request: CompletionRequest, priced: PricedTarget, granted: int) -> int | None:
         """The output bound in tokens, in each choice, that is sent and that `granted` nano-USD pay for; None where nothing has to be
@@ -98,9 +103,9 @@ class Bill:
 
 
 class Call(Struct, frozen=True, kw_only=True):
-    """A call that was let in. `owners` are the scopes whose limits hold for it; `started` and `deadline` are on the monotonic clock,
-    `admitted_at` is Unix seconds; `stored` is the cached answer to it. `would_refuse` is the code of a window's refusal that was only
-    reported."""
+    """A call that was let in. `standing` tells whose limits hold for it; `started` and `deadline` are on the monotonic clock,
+    `admitted_at` is Unix seconds; `stored` is the cached answer to it, else there is the `weight` of its request. `would_refuse` is the
+    code of a window's refusal that was only reported."""
 
     request_id: str
     principal: Principal
@@ -108,11 +113,12 @@ class Call(Struct, frozen=True, kw_only=True):
     options: CallOptions
     stream: bool
     plan: Plan
-    owners: Sequence[tuple[str, Limits]]
+    standing: Standing
     claims: tuple[WindowClaim, ...]
     windows: Sequence[WindowState]
     cache_key: str | None
     stored: CachedAnswer | None
+    weight: Weight | None
     started: float
     admitted_at: float
     deadline: float

@@ -14,14 +14,13 @@ from msgspec.structs import replace
 
 from . import money
 from .accounts import GATEWAY_SCOPE, Budget, Hold
-from .admission import Admission, scopes
+from .admission import Admission
 from .calls import Call, Offer, PricedTarget
 from .errors import AIGatewayError, PriceUnknown, RateLimitExceeded, SpendCapExceeded
 from .policy import keys
 from .prices import Price
 from .services import Services
 from .types import CacheStatus, CallOptions, CompletionRequest, Principal, WindowState
-from .wires import openai_chat
 
 LIMITS = (SpendCapExceeded, RateLimitExceeded, PriceUnknown)
 """What a quote reports where a call raises it; anything else that refuses the call is raised by the quote too."""
@@ -115,7 +114,7 @@ class Quotes:
                 hold = await self._held(call, offer)
             except LIMITS as error:
                 refusal = refusal or error
-        targets = () if offer is None else self._targets(call, offer, hold)
+        targets = () if offer is None else tuple(_quoted(call, offer, priced, hold) for priced in offer.targets)
         return Quote(
             model=call.plan.model,
             prompt=call.prompt,
@@ -136,16 +135,13 @@ class Quotes:
         return await self._s.ledger.probe(replace(request, enforce=True, bounded=True), now=now)
 
     async def _budgets(self, call: Call) -> Sequence[Budget]:
-        own = {claim.scope: claim.caps for claim in scopes(call) if claim.scope != GATEWAY_SCOPE}
+        own = {claim.scope: claim.caps for claim in call.standing.scopes if claim.scope != GATEWAY_SCOPE}
         return await self._s.ledger.budgets(own, now=self._s.clock())
 
-    def _targets(self, call: Call, offer: Offer, hold: Hold | None) -> tuple[QuotedTarget, ...]:
-        unbounded = any(True for _ in openai_chat.unbounded_parameters(call.request))
-        return tuple(_quoted(call, offer, priced, hold, unbounded) for priced in offer.targets)
 
-
-def _quoted(call: Call, offer: Offer, priced: PricedTarget, hold: Hold | None, unbounded: bool) -> QuotedTarget:
+def _quoted(call: Call, offer: Offer, priced: PricedTarget, hold: Hold | None) -> QuotedTarget:
     ask, provider = priced.ask, priced.provider
+    unbounded = call.weight is None or call.weight.unbounded
     granted = ask.wanted if hold is None else min(ask.wanted, hold.amount)
     max_tokens = offer.output_bound(call.request, priced, granted)
     obeyed = provider.bounds_output or provider.max_output_tokens is not None

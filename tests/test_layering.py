@@ -25,8 +25,8 @@ LAYERS: tuple[dict[str, set[str]], ...] = (
     {
         "pipeline": {
             "administration", "admission", "answers", "attempt", "attempts", "background", "bookkeeping", "calls", "channel", "drains",
-            "flights", "holds", "idempotency", "lifecycle", "observing", "outbox", "pipeline", "quotes", "replay", "services", "streams",
-            "trail",
+            "flights", "holds", "idempotency", "lifecycle", "observing", "outbox", "pipeline", "quotes", "replay", "services", "standing",
+            "streams", "trail", "weight",
         }
     },
     {"http": {"http"}},

@@ -604,6 +604,23 @@ async def test_activating_a_version_is_a_move_of_a_label_forward_and_back() -> N
 # -- windows -----------------------------------------------------------------------------------------------------------
 
 
+async def test_a_principal_with_other_limits_is_held_to_those_at_once() -> None:
+    async with gateway_with(ScriptedProvider(Say("a"), Say("b"), Say("c"))) as gateway:
+        await gateway.complete(Principal("p"), ask("one"))
+        with pytest.raises(SpendCapExceeded):
+            await gateway.complete(Principal("p", hard_cap_usd="0.000001"), ask("two"))
+        await gateway.complete(Principal("p"), ask("three"))
+
+
+async def test_a_price_that_is_set_or_removed_holds_from_the_next_call_on() -> None:
+    async with gateway_with(ScriptedProvider(Say("a"), Say("b"), Say("c"))) as gateway:
+        assert (await gateway.complete(NOBODY, ask("one"))).cost_usd == USUAL_COST
+        await gateway.set_price("m", Price(0, 0))
+        assert (await gateway.complete(NOBODY, ask("two"))).cost_usd == ZERO
+        await gateway.set_price("m", None)
+        assert (await gateway.complete(NOBODY, ask("three"))).cost_usd == USUAL_COST
+
+
 async def test_a_full_window_refuses_with_the_true_wait_and_asks_nobody() -> None:
     provider = ScriptedProvider("a", repeat=True)
     async with gateway_with(provider) as gateway:
