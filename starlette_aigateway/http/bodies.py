@@ -6,13 +6,13 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
-import anyio
 import msgspec
 from starlette.datastructures import Headers
 from starlette.types import Receive
 
 from ..errors import InvalidRequest, RequestTimeout, RequestTooLarge, UnsupportedMediaType
 from ..hints import did_you_mean
+from .patience import within
 
 MAX_DIGITS = 18
 MAX_VALUES = 100_000
@@ -32,9 +32,10 @@ async def read(receive: Receive, headers: Headers, limit: int, seconds: float) -
     announced = headers.get("content-length", "")
     if announced.isdigit() and (len(announced) > MAX_DIGITS or int(announced) > limit):
         raise _too_large(limit)
-    with anyio.move_on_after(seconds):
-        return await _read(receive, limit)
-    raise RequestTimeout(f"the body did not come within {seconds:g} seconds")
+    whole = await within(seconds, _read(receive, limit))
+    if whole is None:
+        raise RequestTimeout(f"the body did not come within {seconds:g} seconds")
+    return whole
 
 
 async def _read(receive: Receive, limit: int) -> bytes:
@@ -68,7 +69,7 @@ def require_json(headers: Headers) -> None:
 def decode_object(body: bytes) -> dict[str, Any]:
     """The body as a JSON object. Raises `InvalidRequest`, which says where the JSON is malformed and never repeats it, and
     `RequestTooLarge` for more than `MAX_VALUES` values, before any is made."""
-    if _values(body) > MAX_VALUES:
+    if len(body) > MAX_VALUES and _values(body) > MAX_VALUES:
         raise RequestTooLarge(f"the body must hold at most {MAX_VALUES} values")
     try:
         value = msgspec.json.decode(body)
