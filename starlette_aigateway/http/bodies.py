@@ -7,7 +7,6 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 import msgspec
-from starlette.datastructures import Headers
 from starlette.types import Receive
 
 from ..errors import InvalidRequest, RequestTimeout, RequestTooLarge, UnsupportedMediaType
@@ -26,10 +25,9 @@ class ClientLeft(Exception):
     """The client went away before its request was whole; there is nobody to answer."""
 
 
-async def read(receive: Receive, headers: Headers, limit: int, seconds: float) -> bytes:
-    """The whole body, at most `limit` bytes, within `seconds`. Raises `RequestTooLarge`, also by the announced length alone,
-    `RequestTimeout` and `ClientLeft`."""
-    announced = headers.get("content-length", "")
+async def read(receive: Receive, announced: str, limit: int, seconds: float) -> bytes:
+    """The whole body, at most `limit` bytes, within `seconds`. Raises `RequestTooLarge`, also by the `announced` length alone (the header
+    `content-length`), `RequestTimeout` and `ClientLeft`."""
     if announced.isdigit() and (len(announced) > MAX_DIGITS or int(announced) > limit):
         raise _too_large(limit)
     whole = await within(seconds, _read(receive, limit))
@@ -56,9 +54,11 @@ def _too_large(limit: int) -> RequestTooLarge:
     return RequestTooLarge(f"the body must be at most {limit} bytes")
 
 
-def require_json(headers: Headers) -> None:
+def require_json(content_type: str) -> None:
     """Bodies are `application/json`: a form that another site posts is never taken for one."""
-    media_type = headers.get("content-type", "").partition(";")[0].strip().lower()
+    if content_type == "application/json":
+        return
+    media_type = content_type.partition(";")[0].strip().lower()
     if media_type != "application/json" and not (media_type.startswith("application/") and media_type.endswith("+json")):
         raise UnsupportedMediaType(
             f"the body must be JSON: send the header 'content-type: application/json', not {media_type[:80] or 'none'!r}",

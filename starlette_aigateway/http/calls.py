@@ -14,6 +14,7 @@ from ..wires import openai_chat
 from . import shapes
 from .errors import window_headers
 from .exchange import Exchange
+from .replies import Header, Reply, as_text
 from .sse import stream_response
 
 
@@ -26,11 +27,11 @@ async def complete(exchange: Exchange) -> Response:
     if call.stream:
         return stream_response(
             exchange.pipeline, exchange.principal, call.request, options, exchange.request_id,
-            wire="native", id_headers=exchange.id_headers,
+            wire="native", id_headers=as_text(exchange.id_headers),
         )  # fmt: skip
     served = await exchange.complete(call.request, options)
     body = msgspec.json.encode(shapes.answer(served.answer, call.request.model))
-    return Response(body, 200, served_headers(exchange, served), "application/json")
+    return Reply(body, served_headers(exchange, served))
 
 
 async def chat_completions(exchange: Exchange) -> Response:
@@ -40,7 +41,7 @@ async def chat_completions(exchange: Exchange) -> Response:
     if call.stream:
         return stream_response(
             exchange.pipeline, exchange.principal, call.request, options, exchange.request_id,
-            wire="openai", include_usage=call.include_usage, id_headers=exchange.id_headers,
+            wire="openai", include_usage=call.include_usage, id_headers=as_text(exchange.id_headers),
         )  # fmt: skip
     served = await exchange.complete(call.request, options)
     native = served.native
@@ -48,7 +49,7 @@ async def chat_completions(exchange: Exchange) -> Response:
         body = native.body
     else:
         body = openai_chat.encode_completion(served.answer, created=served.created)
-    return Response(body, 200, served_headers(exchange, served), "application/json")
+    return Reply(body, served_headers(exchange, served))
 
 
 async def quote(exchange: Exchange) -> Response:
@@ -61,24 +62,23 @@ async def quote(exchange: Exchange) -> Response:
 
 
 def call_options(exchange: Exchange, route: str) -> CallOptions:
-    headers = exchange.connection.headers
     return CallOptions(
-        cache=caching.parse_cache_control(headers.get("cache-control")),
-        idempotency_key=headers.get("idempotency-key"),
+        cache=caching.parse_cache_control(exchange.header(b"cache-control")),
+        idempotency_key=exchange.header(b"idempotency-key"),
         route=route,
         present=None if exchange.pipeline.ends_with_its_caller else exchange.present,
     )
 
 
-def served_headers(exchange: Exchange, served: Served) -> dict[str, str]:
-    headers = exchange.id_headers | window_headers(served.windows)
-    headers["x-cache"] = served.cache
-    headers["x-aigateway-provider"] = served.provider
-    headers["x-aigateway-cost-usd"] = money.text(served.cost_usd) or "0"
+def served_headers(exchange: Exchange, served: Served) -> list[Header]:
+    headers = exchange.id_headers + window_headers(served.windows)
+    headers.append((b"x-cache", served.cache.encode()))
+    headers.append((b"x-aigateway-provider", served.provider.encode()))
+    headers.append((b"x-aigateway-cost-usd", (money.text(served.cost_usd) or "0").encode() if served.cost else b"0"))
     if served.age is not None:
-        headers["age"] = str(int(served.age))
+        headers.append((b"age", b"%d" % served.age))
     if served.lowered_to is not None:
-        headers["x-aigateway-max-tokens"] = str(served.lowered_to)
+        headers.append((b"x-aigateway-max-tokens", b"%d" % served.lowered_to))
     if served.replayed:
-        headers["idempotency-replayed"] = "true"
+        headers.append((b"idempotency-replayed", b"true"))
     return headers

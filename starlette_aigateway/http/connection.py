@@ -1,39 +1,28 @@
-"""A connection whose headers are looked up by a dictionary: Starlette's walk the list at each look, and a call takes a dozen."""
+"""The headers of a request, looked up by a dictionary: Starlette's walk the list at each look, and a call takes a dozen."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
 
-from starlette.datastructures import Headers
 from starlette.requests import HTTPConnection
 from starlette.types import Scope
 
 
-class IndexedHeaders(Headers):
-    """Starlette's headers, with an index of the first value of each name."""
-
-    def __init__(self, scope: Scope) -> None:
-        super().__init__(scope=scope)
-        self._first = dict(reversed(self._list))
-
-    def __getitem__(self, key: str) -> str:
-        return self._first[key.lower().encode("latin-1")].decode("latin-1")
-
-    def get(self, key: str, default: Any = None) -> Any:
-        value = self._first.get(key.lower().encode("latin-1", "replace"))
-        return default if value is None else value.decode("latin-1")
-
-    def __contains__(self, key: Any) -> bool:
-        return key.lower().encode("latin-1", "replace") in self._first
-
-
 class Connection(HTTPConnection):
-    """What resolvers and authorizers of the host get: an `HTTPConnection` in every respect."""
+    """What resolvers and authorizers of the host get: an `HTTPConnection` in every respect. `first` is what `first_values` tells."""
 
     def __init__(self, scope: Scope) -> None:
         super().__init__(scope)
-        self._indexed = IndexedHeaders(scope)
+        self.first = _first(scope)
 
-    @property
-    def headers(self) -> Headers:
-        return self._indexed
+
+def first_values(connection: HTTPConnection) -> Mapping[bytes, bytes]:
+    """The first value of each header, as the bytes that came, by its name in lower case."""
+    return connection.first if isinstance(connection, Connection) else _first(connection.scope)
+
+
+def _first(scope: Scope) -> dict[bytes, bytes]:
+    headers = scope["headers"]
+    if not isinstance(headers, list):  # ASGI lets it be any iterable, also one that can be read once
+        headers = scope["headers"] = list(headers)
+    return dict(reversed(headers))

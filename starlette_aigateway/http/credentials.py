@@ -12,6 +12,7 @@ from urllib.parse import unquote_to_bytes
 from starlette.requests import HTTPConnection
 
 from ..policy import keys
+from .connection import first_values
 
 CARRIERS = frozenset({b"authorization", b"proxy-authorization", b"x-api-key", b"api-key", b"x-goog-api-key"})
 """Headers that are there to carry credentials: what starts like a key in one of them is meant as one, mistyped or not."""
@@ -24,11 +25,12 @@ SURELY_A_KEY = re.compile(_START + rb"[0-9A-Za-z]{20}")
 
 def credential(connection: HTTPConnection) -> str | None:
     """What came as `Authorization: Bearer …` or as `x-api-key`; of the two, a stored key goes first."""
-    scheme, _, token = connection.headers.get("authorization", "").partition(" ")
+    headers = first_values(connection)
+    scheme, _, token = headers.get(b"authorization", b"").decode("latin-1").partition(" ")
     bearer = token.strip() if scheme.lower() == "bearer" else ""
     if bearer and keys.looks_like_key(bearer):
         return bearer
-    other = connection.headers.get("x-api-key", "").strip()
+    other = headers.get(b"x-api-key", b"").decode("latin-1").strip()
     return other if other and (not bearer or keys.looks_like_key(other)) else bearer or None
 
 

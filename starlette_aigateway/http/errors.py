@@ -13,6 +13,7 @@ from starlette.responses import Response
 from .. import errors
 from ..errors import AIGatewayError, ProviderError, RateLimitExceeded, RequestError, SpendCapExceeded, SpendCapHeld
 from ..types import WindowState
+from .replies import Header, as_text
 
 STATUS: dict[type[AIGatewayError], tuple[int, str]] = {
     errors.AIGatewayError: (500, "api_error"),
@@ -92,7 +93,7 @@ def error_headers(error: AIGatewayError) -> dict[str, str]:
     if error.replayed:
         headers["idempotency-replayed"] = "true"
     if isinstance(error, RateLimitExceeded):
-        headers |= window_headers(error.states)
+        headers |= as_text(window_headers(error.states))
     if isinstance(error, errors.AuthenticationError):
         headers["www-authenticate"] = "Bearer"
     return headers
@@ -107,19 +108,25 @@ def is_final(error: AIGatewayError) -> bool:
     return isinstance(error, ProviderError) and error.retry_after is None
 
 
-def window_headers(states: Sequence[WindowState]) -> dict[str, str]:
+def window_headers(states: Sequence[WindowState]) -> list[Header]:
     """`x-ratelimit-*` of the tightest window of each kind, in OpenAI's sense: what is left now, and when it is as good as unused."""
-    headers: dict[str, str] = {}
-    for kind in ("requests", "tokens"):
-        of_kind = [state for state in states if state.claim.kind == kind]
-        if of_kind:
-            tightest = min(of_kind, key=lambda state: state.remaining)
-            headers[f"x-ratelimit-limit-{kind}"] = str(tightest.claim.limit)
-            headers[f"x-ratelimit-remaining-{kind}"] = str(tightest.remaining)
-            headers[f"x-ratelimit-reset-{kind}"] = f"{math.ceil(tightest.reset_after * 1000) / 1000:g}s"
+    headers: list[Header] = []
+    for kind, limit, remaining, reset in WINDOW_HEADERS:
+        tightest: WindowState | None = None
+        for state in states:
+            if state.claim.kind == kind and (tightest is None or state.remaining < tightest.remaining):
+                tightest = state
+        if tightest is not None:
+            headers.append((limit, b"%d" % tightest.claim.limit))
+            headers.append((remaining, b"%d" % tightest.remaining))
+            headers.append((reset, f"{math.ceil(tightest.reset_after * 1000) / 1000:g}s".encode()))
     return headers
 
 
+WINDOW_HEADERS = (
+    ("requests", b"x-ratelimit-limit-requests", b"x-ratelimit-remaining-requests", b"x-ratelimit-reset-requests"),
+    ("tokens", b"x-ratelimit-limit-tokens", b"x-ratelimit-remaining-tokens", b"x-ratelimit-reset-tokens"),
+)
 BODILESS = frozenset({204, 205, 304})
 FRAMING = frozenset({"content-length", "content-type", "content-encoding", "transfer-encoding"})
 

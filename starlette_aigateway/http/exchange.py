@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import msgspec
-from starlette.requests import HTTPConnection
+from msgspec import Struct
 from starlette.responses import Response
 from starlette.types import Receive
 
@@ -19,20 +18,21 @@ from ..events import AdminActed, Event
 from ..pipeline import Pipeline
 from ..types import CallOptions, CompletionRequest, Principal
 from . import bodies
+from .connection import Connection
 from .door import Admin
 from .presence import present, while_present
 from .query import Query
+from .replies import NO_STORE, Header, Reply
 
 CLIENT_ID_LENGTH = 128
 log = logging.getLogger("starlette_aigateway")
 
 
-@dataclass(slots=True, kw_only=True)
-class Exchange:
+class Exchange(Struct, kw_only=True):
     """`request_id` is minted by us; `x-request-id` of the client is echoed and is never an identity. `check` raises where a call could
     not be metered now; `has_admins` says whether the admin routes exist."""
 
-    connection: HTTPConnection
+    connection: Connection
     receive: Receive
     request_id: str
     path: Mapping[str, str]
@@ -58,11 +58,16 @@ class Exchange:
             raise PermissionDenied("this route needs an administrator")
         return self.admin
 
+    def header(self, name: bytes) -> str | None:
+        """Its first value; `name` is in lower case."""
+        value = self.connection.first.get(name)
+        return None if value is None else value.decode("latin-1")
+
     async def json(self) -> dict[str, Any]:
         """The body as a JSON object. Raises `InvalidRequest` and its kin."""
-        headers = self.connection.headers
-        bodies.require_json(headers)
-        return bodies.decode_object(await bodies.read(self.receive, headers, self.max_body_bytes, self.receive_seconds))
+        bodies.require_json(self.header(b"content-type") or "")
+        announced = self.header(b"content-length") or ""
+        return bodies.decode_object(await bodies.read(self.receive, announced, self.max_body_bytes, self.receive_seconds))
 
     async def complete(self, request: CompletionRequest, options: CallOptions) -> Served:
         """A whole answer. Where a client that leaves is to end its call, somebody has to look for it; otherwise the call goes on to its
@@ -87,14 +92,11 @@ class Exchange:
 
     def answer(self, value: object, status: int = 200) -> Response:
         """JSON that is this caller's alone, and only now."""
-        return json_response(value, status, {**self.id_headers, "cache-control": "no-store"})
+        return Reply(msgspec.json.encode(value), [*self.id_headers, NO_STORE], status)
 
     @property
-    def id_headers(self) -> dict[str, str]:
-        given = self.connection.headers.get("x-request-id", "")
-        echoed = given if 0 < len(given) <= CLIENT_ID_LENGTH and given.isascii() and given.isprintable() else self.request_id
-        return {"x-request-id": echoed, "request-id": self.request_id}
-
-
-def json_response(value: object, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
-    return Response(msgspec.json.encode(value), status, headers, "application/json")
+    def id_headers(self) -> list[Header]:
+        minted = self.request_id.encode()
+        given = self.connection.first.get(b"x-request-id", b"")
+        echoed = given if 0 < len(given) <= CLIENT_ID_LENGTH and given.isascii() and given.decode().isprintable() else minted
+        return [(b"x-request-id", echoed), (b"request-id", minted)]

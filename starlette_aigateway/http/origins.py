@@ -3,17 +3,18 @@ whatever else changes something."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
 from starlette.requests import HTTPConnection
 
 from ..errors import ConfigurationError, PermissionDenied
+from .connection import first_values
 
 SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 DEFAULT_PORTS = {"http": 80, "https": 443}
-SENT_BY_ITSELF = frozenset({"basic", "digest", "negotiate", "ntlm"})
+SENT_BY_ITSELF = frozenset({b"basic", b"digest", b"negotiate", b"ntlm"})
 """Schemes of `Authorization` that a browser fills in without being asked; any other one was put there by a script that may."""
 
 
@@ -37,9 +38,9 @@ class Origins:
         The browser's own word (`Sec-Fetch-Site`, https://www.w3.org/TR/fetch-metadata/) holds also where a proxy rewrites `Host`. Without
         it, `Origin` (RFC 6454) has to name the host that was asked; `null` names none. Whoever sends neither is no browser.
         `X-Forwarded-Host` is not read: not every proxy takes it from whoever sends it."""
-        headers = connection.headers
-        if connection.scope.get("method", "GET") in SAFE_METHODS or _by_a_script(connection):
+        if connection.scope.get("method", "GET") in SAFE_METHODS or _by_a_script(first_values(connection)):
             return
+        headers = connection.headers
         origin, site = headers.get("origin"), headers.get("sec-fetch-site")
         if origin is not None and parse(origin) in self._trusted:
             return
@@ -48,13 +49,12 @@ class Origins:
             raise PermissionDenied("this request comes from another origin", code="foreign_origin")
 
 
-def _by_a_script(connection: HTTPConnection) -> bool:
+def _by_a_script(headers: Mapping[bytes, bytes]) -> bool:
     """Whether nothing lets this request in but a credential that no browser attaches of itself: a foreign page would have to know it."""
-    headers = connection.headers
-    if "cookie" in headers:
+    if b"cookie" in headers:
         return False
-    scheme = headers.get("authorization", "").partition(" ")[0].lower()
-    return scheme not in SENT_BY_ITSELF if scheme else "x-api-key" in headers
+    scheme = headers.get(b"authorization", b"").partition(b" ")[0].lower()
+    return scheme not in SENT_BY_ITSELF if scheme else b"x-api-key" in headers
 
 
 def parse(text: str) -> Origin | None:

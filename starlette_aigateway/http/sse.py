@@ -22,6 +22,7 @@ from .bodies import ClientLeft
 from .errors import error_object, error_response, window_headers
 from .pace import Pace
 from .presence import while_present
+from .replies import as_text
 
 Dialect = Literal["openai", "native"]
 OpenStream: TypeAlias = Callable[[], AbstractAsyncContextManager[AnswerStream]]
@@ -216,7 +217,7 @@ class EventStream:
 
 
 def stream_headers(stream: AnswerStream) -> dict[str, str]:
-    headers = window_headers(stream.windows) | {"x-cache": stream.cache, "x-aigateway-provider": stream.provider}
+    headers = as_text(window_headers(stream.windows)) | {"x-cache": stream.cache, "x-aigateway-provider": stream.provider}
     if stream.age is not None:
         headers["age"] = str(int(stream.age))
     if stream.lowered_to is not None:

@@ -15,6 +15,7 @@ from . import realm, shapes, sheets
 from .exchange import Exchange
 from .pages import DEFAULT_LIMIT
 from .query import Query
+from .replies import as_text
 
 FILTERS = ("principal", "tenant", "key", "model", "since", "until")
 CSV = "text/csv; charset=utf-8"
@@ -33,7 +34,7 @@ async def usage(exchange: Exchange) -> Response:
 
     if query.word("format", ("json", "csv")) == "json":
         return exchange.answer(shapes.usage_report(await read(page_size(limit or DEFAULT_LIMIT), cursor)))
-    headers = {**exchange.id_headers, "cache-control": "no-store", "content-disposition": 'attachment; filename="usage.csv"'}
+    headers = {**as_text(exchange.id_headers), "cache-control": "no-store", "content-disposition": 'attachment; filename="usage.csv"'}
     if group_by:
         return Response(sheets.groups(await read(1, None), group_by), 200, headers, CSV)
     first = await read(min(limit or MAX_PAGE, MAX_PAGE), cursor)

@@ -1,0 +1,28 @@
+"""Answers whose headers are made as the bytes that go out: Starlette's `Response` takes text, and encodes each name and each value."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TypeAlias
+
+from starlette.responses import Response
+
+Header: TypeAlias = tuple[bytes, bytes]
+"""Name, in lower case, and value."""
+
+JSON: Header = (b"content-type", b"application/json")
+NO_STORE: Header = (b"cache-control", b"no-store")
+
+
+class Reply(Response):
+    """Whole JSON. `headers` are those of its own; type and length are added."""
+
+    def __init__(self, body: bytes, headers: Iterable[Header] = (), status: int = 200) -> None:
+        self.status_code = status
+        self.background = None
+        self.body = body
+        self.raw_headers = [*headers, (b"content-length", b"%d" % len(body)), JSON]
+
+
+def as_text(headers: Iterable[Header]) -> dict[str, str]:
+    return {name.decode("latin-1"): value.decode("latin-1") for name, value in headers}
