@@ -178,7 +178,7 @@ class Composition(Administration):
         )
         self.in_process = ToldPipeline(self.pipeline, self.observers)
         self.door = Door(
-            authenticate=self.authenticate,
+            authenticate=self._authenticate_ready,
             resolve_principal=resolve_principal,
             authorize_admin=authorize_admin,
             origins=Origins(trusted_origins),
@@ -189,6 +189,7 @@ class Composition(Administration):
             administration=self,
             door=self.door,
             observers=self.observers,
+            ready=self.lifecycle.ensure,
             check=self.check_ready,
             mint_request_id=self.mint_request_id,
             max_body_bytes=max_body_bytes,

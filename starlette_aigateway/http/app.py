@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
@@ -18,7 +18,8 @@ from .connection import Connection
 from .door import Door
 from .errors import TO_THE_HOST, error_response, host_refusal
 from .exchange import Exchange
-from .router import Match, Route, Router
+from .replies import as_text
+from .router import Guard, Route, Router
 from .routes import ROUTES
 
 log = logging.getLogger("starlette_aigateway")
@@ -32,6 +33,7 @@ class HTTPApp:
         administration: Administration,
         door: Door,
         observers: Observers,
+        ready: Callable[[], Awaitable[None]],
         check: Callable[[], Awaitable[None]],
         mint_request_id: Callable[[], str],
         max_body_bytes: int,
@@ -41,11 +43,12 @@ class HTTPApp:
         self._administration = administration
         self._door = door
         self._observers = observers
+        self._ready = ready
         self.check = check
         self._mint_request_id = mint_request_id
         self._max_body_bytes = max_body_bytes
         self._receive_seconds = receive_seconds
-        self._router = Router(ROUTES)
+        self._router = Router(ROUTES if door.has_admins else without_admins(ROUTES))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "websocket":
@@ -73,12 +76,14 @@ class HTTPApp:
 
     async def _answer(self, exchange: Exchange, scope: Scope) -> Response:
         try:
-            match = self._match(route_path(scope))
+            match = self._router.match(route_path(scope))
+            if match is None:
+                raise NotFound("there is no such route")
             route = match.routes.get("GET" if scope["method"] == "HEAD" else scope["method"])
             if route is None:
                 return method_not_allowed(sorted(match.routes), exchange)
             exchange.path = match.path
-            await self._let_in(exchange, route)
+            await self._let_in(exchange, route.guard)
             return await route.handler(exchange)
         except AIGatewayError as error:
             error.request_id = exchange.request_id
@@ -94,27 +99,18 @@ class HTTPApp:
         except Exception:
             log.exception("request %s failed unexpectedly", exchange.request_id)
             response = unexpected(exchange)
-        response.headers.update(exchange.id_headers)
+        response.headers.update(as_text(exchange.id_headers))
         return response
 
-    def _match(self, path: str) -> Match:
-        """Raises `NotFound`, also for the admin routes of a host that has no administrators."""
-        match = self._router.match(path)
-        if match is None:
-            raise NotFound("there is no such route")
-        if not self._door.has_admins and all(route.guard == "admin" for route in match.routes.values()):
-            raise NotFound("there is no such route")
-        return match
-
-    async def _let_in(self, exchange: Exchange, route: Route) -> None:
+    async def _let_in(self, exchange: Exchange, guard: Guard) -> None:
         """Before the body is read: a credential that is refused costs no upload."""
-        if route.guard == "open":
+        if guard == "open":
             return
-        await self._administration.ready()
-        if route.guard == "admin":
-            exchange.admin = await self._door.admin(exchange.connection)
-        elif route.guard == "caller":
+        await self._ready()
+        if guard == "caller":
             exchange.caller = await self._door.caller(exchange.connection)
+        elif guard == "admin":
+            exchange.admin = await self._door.admin(exchange.connection)
         else:
             await self._let_in_either(exchange)
 
@@ -144,12 +140,18 @@ def below_root(path: str, root: str) -> str | None:
     return None
 
 
+def without_admins(routes: Sequence[Route]) -> Sequence[Route]:
+    """The routes of a host that has no administrators: the paths that are for them alone do not exist."""
+    paths = {route.path for route in routes if route.guard != "admin"}
+    return [route for route in routes if route.path in paths]
+
+
 def method_not_allowed(methods: list[str], exchange: Exchange) -> Response:
     error = RequestError(f"this route takes {', '.join(methods)}", code="method_not_allowed")
     error.request_id = exchange.request_id
     response = error_response(error)
     response.status_code = 405
-    response.headers.update({"allow": ", ".join(methods)} | exchange.id_headers)
+    response.headers.update({"allow": ", ".join(methods)} | as_text(exchange.id_headers))
     return response
 
 

@@ -41,7 +41,7 @@ AuthorizeAdmin: TypeAlias = Callable[[HTTPConnection], Awaitable[Admin | bool]]
 
 
 class Door:
-    """Raises `ConfigurationError` for functions of the host that cannot be asked."""
+    """Is asked when the gateway is ready. Raises `ConfigurationError` for functions of the host that cannot be asked."""
 
     def __init__(
         self,

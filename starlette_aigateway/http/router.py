@@ -51,18 +51,19 @@ class Router:
     """Exact paths by one dictionary lookup, the others segment by segment."""
 
     def __init__(self, routes: Sequence[Route]) -> None:
-        self._exact: dict[str, dict[str, Route]] = {}
+        exact: dict[str, dict[str, Route]] = {}
         self._patterns: dict[tuple[str, ...], dict[str, Route]] = {}
         for route in routes:
             if "{" in route.path:
                 self._patterns.setdefault(tuple(route.path.split("/")), {})[route.method] = route
             else:
-                self._exact.setdefault(route.path, {})[route.method] = route
+                exact.setdefault(route.path, {})[route.method] = route
+        self._exact = {path: Match(methods, {}) for path, methods in exact.items()}
 
     def match(self, path: str) -> Match | None:
         exact = self._exact.get(path)
         if exact is not None:
-            return Match(exact, {})
+            return exact
         segments = path.split("/")
         for pattern, routes in self._patterns.items():
             values = _fit(pattern, segments)
