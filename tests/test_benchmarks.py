@@ -109,6 +109,22 @@ def test_a_server_that_does_not_start_is_told_with_what_it_wrote(tmp_path: Path,
     assert left_running(tmp_path) == []
 
 
+def test_every_micro_benchmark_does_what_it_measures() -> None:
+    code = "import micro; print(*[f'{name}: {type(run()).__name__}' for name, run in micro.benchmarks().items()], sep='\\n')"
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=60, cwd=BENCHMARKS)
+    assert done.returncode == 0, done.stderr
+    assert "ledger: hold and settle, 32 in a batch: int" in done.stdout
+    assert len(done.stdout.splitlines()) > 20
+
+
+def test_micro_benchmarks_are_run_by_pyperf(tmp_path: Path) -> None:
+    pytest.importorskip("pyperf")
+    command = [sys.executable, str(BENCHMARKS / "micro.py"), "--debug-single-value", "--only", "keys: digest", "-o", "micro.json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "keys: digest" in (tmp_path / "micro.json").read_text()
+
+
 @pytest.mark.parametrize("arguments", [("--cases", "hits"), ("--rounds", "0"), ("--connections", "many")])
 def test_wrong_arguments_are_told(arguments: tuple[str, str]) -> None:
     done = bench(*arguments)

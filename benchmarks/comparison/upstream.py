@@ -40,8 +40,8 @@ def whole(body: bytes) -> bytes:
     return b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n%s" % (len(body), body)
 
 
-def events() -> list[bytes]:
-    """The stream as pieces to write, the head with the first of them."""
+def event_lines() -> list[bytes]:
+    """The stream as server-sent events: the deltas, the usage, the end."""
     choices: list[list[dict[str, Any]]] = [
         [{"index": 0, "delta": {"content": f"word{number:02d} and more "}, "finish_reason": None}] for number in range(DELTAS)
     ]
@@ -49,10 +49,13 @@ def events() -> list[bytes]:
     choices[-1][0]["finish_reason"] = "stop"
     common = {"id": "chatcmpl-0123456789abcdef", "object": "chat.completion.chunk", "created": 1767225600, "model": "gpt-4o-mini"}
     chunks = [{**common, "choices": each, "usage": None} for each in choices] + [{**common, "choices": [], "usage": USAGE}]
-    lines = [f"data: {json.dumps(chunk)}\n\n".encode() for chunk in chunks]
-    pieces = [b"%x\r\n%s\r\n" % (len(line), line) for line in lines]
-    done = b"data: [DONE]\n\n"
-    pieces[-1] += b"%x\r\n%s\r\n0\r\n\r\n" % (len(done), done)
+    return [*(f"data: {json.dumps(chunk)}\n\n".encode() for chunk in chunks), b"data: [DONE]\n\n"]
+
+
+def events() -> list[bytes]:
+    """The stream as pieces to write: the head with the first event, the end with the usage."""
+    pieces = [b"%x\r\n%s\r\n" % (len(line), line) for line in event_lines()]
+    pieces[-2:] = [b"".join(pieces[-2:]) + b"0\r\n\r\n"]
     pieces[0] = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n" + pieces[0]
     return pieces
 
