@@ -12,6 +12,7 @@ from msgspec.structs import replace
 
 from .accounts import Hold, Settlement
 from .calls import Call, Offer, PricedTarget
+from .deadlines import deadline
 from .errors import AIGatewayError, ProviderError, ProviderTimeout
 from .policy import estimate, metering
 from .protocols import Clock, Ledger, ProviderAnswer
@@ -42,7 +43,7 @@ class Attempt:
         self._timeouts = timeouts
         self.timeout = timeout = silence(call, priced, timeouts)
         self._begun = monotonic()
-        self._scope = anyio.CancelScope(deadline=anyio.current_time() + timeout)
+        self._deadline = deadline(timeout)
 
     @property
     def output_bound(self) -> int | None:
@@ -93,7 +94,7 @@ class Attempt:
             read=self._timeouts.read,
             request_id=self.call.request_id,
         )
-        with self._scope:
+        with self._deadline:
             try:
                 async with self.priced.provider.adapter.open(provider_call) as answer:
                     yield answer
@@ -103,14 +104,14 @@ class Attempt:
                 if not foreign(error):
                     raise
                 raise ProviderError(f"{self.priced.target.provider} failed unexpectedly", billed="unknown") from error
-        if self._scope.cancelled_caught and self.waits_for_reader:
+        if self._deadline.cancelled_caught and self.waits_for_reader:
             raise ReaderLeft
-        if self._scope.cancelled_caught:
+        if self._deadline.cancelled_caught:
             raise ProviderTimeout(f"{self.priced.target.provider} did not answer within {self.timeout:g} seconds", billed="unknown")
 
     def heard(self, now: float) -> None:
         """The provider sent something: its next silence may last as long again, within the call's own deadline."""
-        self._scope.deadline = anyio.current_time() + min(self.timeout, self.call.deadline - now)
+        self._deadline.anew(min(self.timeout, self.call.deadline - now))
 
     def broken_off(self, error: ProviderError | None) -> Settlement | None:
         """For an answer that was not read to its end: the provider failed, or, for None, the client left. None: nothing was charged.

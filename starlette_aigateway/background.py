@@ -15,16 +15,17 @@ import logging
 import math
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from time import monotonic
 from types import TracebackType
 from typing import Any, Generic, TypeVar
 
 import anyio
 from anyio.abc import TaskGroup
-from anyio.lowlevel import current_token
 
+from .deadlines import Deadline, deadline
 from .drains import Drains
 from .errors import AIGatewayError, NoProviderAvailable, ProviderTimeout
-from .wakeup import Latch
+from .wakeup import Latch, current_loop
 
 GIVE_UP_SECONDS = 1.0
 """For work to end by itself, once its cancellation was due."""
@@ -43,9 +44,8 @@ class Job(Generic[T]):
         self._work = work
         self._drains = drains
         self._patience = patience
-        deadline = anyio.current_time() + limit
-        self._scope = anyio.CancelScope(deadline=deadline, shield=True)
-        self.last = deadline + GIVE_UP_SECONDS
+        self._deadline = deadline(limit, shield=True)
+        self._last = monotonic() + limit + GIVE_UP_SECONDS
         self.asks: str | None = None
         self.given_up: Callable[[], None] = nothing
         self._done = Latch()
@@ -56,9 +56,9 @@ class Job(Generic[T]):
 
     async def run(self) -> None:
         try:
-            with self._scope:
+            with self._deadline:
                 self._value = await self._work(self)
-            if self._scope.cancelled_caught:
+            if self._deadline.cancelled_caught:
                 self._error = shut_down()
         except Exception as error:  # noqa: BLE001  # the error belongs to whoever waits; a task group must not die of it
             self._error = error
@@ -80,9 +80,8 @@ class Job(Generic[T]):
 
     def _end_within(self, seconds: float) -> None:
         self.abandoned = True
-        deadline = anyio.current_time() + seconds
-        self._scope.deadline = min(self._scope.deadline, deadline)
-        self.last = min(self.last, deadline + self._patience + GIVE_UP_SECONDS)
+        self._deadline.within(seconds)
+        self._last = min(self._last, monotonic() + seconds + self._patience + GIVE_UP_SECONDS)
 
     def give_up(self) -> None:
         """It has not ended though it was to: whoever waits is told so. It begins nothing new, and still settles what it has begun."""
@@ -97,10 +96,10 @@ class Job(Generic[T]):
         self.given_up()
         self._done.set()
 
-    def critical(self, seconds: float) -> anyio.CancelScope:
-        """A scope for what has to be known to have happened or not: within, being abandoned cancels nothing, and it ends after `seconds`
-        in any case."""
-        return anyio.CancelScope(deadline=anyio.current_time() + seconds, shield=True)
+    def critical(self, seconds: float) -> Deadline:
+        """For what has to be known to have happened or not: within, being abandoned cancels nothing, and it ends after `seconds` in any
+        case."""
+        return self._deadline.critical(seconds)
 
     def ended(self) -> None:
         """The job's task is over, whether it ever ran or not."""
@@ -116,7 +115,7 @@ class Job(Generic[T]):
         await self._done.wait()
 
     async def finished_or_given_up(self) -> None:
-        with anyio.CancelScope(deadline=self.last):
+        with anyio.move_on_after(max(0.0, self._last - monotonic())):
             await self._done.wait()
         self.give_up()
 
@@ -147,7 +146,7 @@ class Owner:
     """A lifespan in one event loop, and the jobs that were started within."""
 
     def __init__(self, group: TaskGroup) -> None:
-        self.token = current_token()
+        self.loop = current_loop()
         self.group = group
         self.jobs: set[Job[Any]] = set()
 
@@ -196,8 +195,11 @@ class Background:
     def _owner(self) -> Owner | None:
         if not self._owners:
             return None
-        token = current_token()
-        return next((owner for owner in reversed(self._owners) if owner.token == token), None)
+        loop = current_loop()
+        for owner in reversed(self._owners):
+            if owner.loop is loop:
+                return owner
+        return None
 
     async def run(self, work: Work[T], limit: float = math.inf) -> T:
         """Waits for `work`; if the wait is cancelled, the work goes on for its grace."""

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from anyio.lowlevel import current_token
-
 from .calls import Done
-from .wakeup import Latch
+from .wakeup import Latch, current_loop
 
 
 class Flight:
@@ -53,4 +51,4 @@ class Flights:
 
 
 def _loop() -> int:
-    return id(current_token().native_token)
+    return id(current_loop())

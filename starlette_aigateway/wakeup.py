@@ -152,13 +152,14 @@ def was_cancelled() -> bool:
 
 def ring(one: Wakeup) -> None:
     """Wakes one waiter, from a task of its own event loop or of another."""
-    if _current_loop() is one.loop:
+    if current_loop() is one.loop:
         one.ring()
     else:
         _ring_in_loop([one])
 
 
-def _current_loop() -> object:
+def current_loop() -> object:
+    """What tells the event loop that runs now from others: asyncio's own, or trio's token."""
     try:
         return asyncio.get_running_loop()
     except RuntimeError:  # not asyncio

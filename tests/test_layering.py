@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1] / PACKAGE
 # Layers from the ground up: rooms of one layer do not see each other, a room sees itself and every layer below.
 LAYERS: tuple[dict[str, set[str]], ...] = (
     {"ground": {"errors", "money", "prices", "types", "accounts", "events", "hints"}},
-    {"protocols": {"protocols"}, "wakeup": {"wakeup"}, "entropy": {"entropy"}},
+    {"protocols": {"protocols"}, "wakeup": {"wakeup"}, "entropy": {"entropy"}, "deadlines": {"deadlines"}},
     {"wires": {"wires"}},
     {"policy": {"policy"}},
     {

@@ -265,7 +265,7 @@ async def test_a_call_whose_own_work_is_cancelled_at_any_await(
     ledger: FaultyLedger, stream: bool, owned: bool, key: bool, script: Script
 ) -> None:
     def at_its_deadline(job: Job[Any]) -> None:
-        job._scope.cancel()
+        job._deadline.within(0)
 
     await walk_through_work(ledger, script, at_its_deadline, stream=stream, owned=owned, key=key)
 
