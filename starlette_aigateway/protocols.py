@@ -279,8 +279,11 @@ class HTTPRequest(Struct, frozen=True):
 class HTTPAnswer(Protocol):
     """`headers` have lower-case names. `chunks` gives the body as it comes, decoded from any content coding."""
 
-    status: int
-    headers: Mapping[str, str]
+    @property
+    def status(self) -> int: ...
+
+    @property
+    def headers(self) -> Mapping[str, str]: ...
 
     async def read(self, limit: int) -> bytes:
         """The whole body. Raises `ProviderError` when it is longer than `limit` bytes."""

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import gzip
 import socket
+import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import anyio
 import pytest
-from anyio.abc import SocketAttribute, SocketStream
+from anyio.abc import ByteStream, Listener, SocketAttribute
+from anyio.streams.tls import TLSListener
 
 from ..errors import ProviderError, ProviderTimeout
 from ..protocols import HTTPAnswer, HTTPRequest, Transport
@@ -23,7 +26,7 @@ BLINK = 0.1
 class Exchange:
     """One request as it came in, and the socket to answer on. `connection` counts from 1."""
 
-    stream: SocketStream
+    stream: ByteStream
     connection: int
     head: bytes
     body: bytes
@@ -59,14 +62,15 @@ Handler = Callable[[Exchange], Awaitable[None]]
 
 
 @asynccontextmanager
-async def raw_server(handle: Handler, *, greeting: bytes = b"") -> AsyncIterator[RawServer]:
+async def raw_server(handle: Handler, *, greeting: bytes = b"", tls: ssl.SSLContext | None = None) -> AsyncIterator[RawServer]:
     """Serves `handle` on a free port of the loopback: it may write whatever bytes it likes; when it closes the stream, no further
-    request of that connection is read. `greeting` is sent before any request came."""
-    listener = await anyio.create_tcp_listener(local_host="127.0.0.1")
-    port = listener.extra(SocketAttribute.local_port)  # noqa: S610  # anyio's, not Django's
-    server = RawServer(f"http://127.0.0.1:{port}")
+    request of that connection is read. `greeting` is sent before any request came. With `tls` it speaks HTTPS."""
+    plain = await anyio.create_tcp_listener(local_host="127.0.0.1")
+    port = plain.extra(SocketAttribute.local_port)  # noqa: S610  # anyio's, not Django's
+    server = RawServer(f"{'http' if tls is None else 'https'}://127.0.0.1:{port}")
+    listener: Listener[Any] = plain if tls is None else TLSListener(plain, tls, standard_compatible=False)
 
-    async def serve(stream: SocketStream) -> None:
+    async def serve(stream: ByteStream) -> None:
         server.connections += 1
         number = server.connections
         try:
@@ -87,7 +91,7 @@ async def raw_server(handle: Handler, *, greeting: bytes = b"") -> AsyncIterator
         group.cancel_scope.cancel()
 
 
-async def _read_request(stream: SocketStream) -> tuple[bytes, bytes]:
+async def _read_request(stream: ByteStream) -> tuple[bytes, bytes]:
     received = b""
     while b"\r\n\r\n" not in received:
         received += await stream.receive()
@@ -107,7 +111,13 @@ async def collect(answer: HTTPAnswer) -> bytes:
 
 
 class TransportContract:
-    """Subclass it with a fixture `transport`, and mark it `anyio`. Every call is a POST."""
+    """Subclass it with a fixture `transport`, and mark it `anyio`. Every call is a POST.
+
+    `server` may be overridden, with `raw_server(handle, tls=…)` for a transport that trusts the certificate.
+    """
+
+    def server(self, handle: Handler) -> AbstractAsyncContextManager[RawServer]:
+        return raw_server(handle)
 
     async def fails(self, transport: Transport, url: str, *, connect: float = PATIENCE, read: float = PATIENCE) -> ProviderError:
         with pytest.raises(ProviderError) as caught, anyio.fail_after(PATIENCE):
@@ -117,7 +127,7 @@ class TransportContract:
         return caught.value
 
     async def test_a_request_arrives_as_it_was_given(self, transport: Transport) -> None:
-        async with raw_server(Exchange.answer) as server:
+        async with self.server(Exchange.answer) as server:
             request = HTTPRequest(f"{server.url}/v1/chat?x=%2F", {"authorization": "Bearer k", "x-a": "b"}, b'{"a": "\xe2\x80\xa8"}')
             async with transport.send(request, connect=PATIENCE, read=PATIENCE) as answer:
                 await answer.read(100)
@@ -131,7 +141,7 @@ class TransportContract:
         async def handle(exchange: Exchange) -> None:
             await exchange.answer(b'{"ok":true}', headers=b"X-Request-ID: r1\r\n")
 
-        async with raw_server(handle) as server, transport.send(post(server.url), connect=PATIENCE, read=PATIENCE) as answer:
+        async with self.server(handle) as server, transport.send(post(server.url), connect=PATIENCE, read=PATIENCE) as answer:
             assert answer.status == 200
             assert answer.headers["x-request-id"] == "r1"
             assert await answer.read(100) == b'{"ok":true}'
@@ -140,7 +150,7 @@ class TransportContract:
         async def handle(exchange: Exchange) -> None:
             await exchange.answer(b"no", status="503 Service Unavailable", headers=b"retry-after: 7\r\n")
 
-        async with raw_server(handle) as server, transport.send(post(server.url), connect=PATIENCE, read=PATIENCE) as answer:
+        async with self.server(handle) as server, transport.send(post(server.url), connect=PATIENCE, read=PATIENCE) as answer:
             assert (answer.status, answer.headers["retry-after"]) == (503, "7")
             assert await answer.read(100) == b"no"
 
@@ -148,7 +158,7 @@ class TransportContract:
         async def handle(exchange: Exchange) -> None:
             await exchange.answer(status="307 Temporary Redirect", headers=b"location: /elsewhere\r\n")
 
-        async with raw_server(handle) as server, transport.send(post(server.url), connect=PATIENCE, read=PATIENCE) as answer:
+        async with self.server(handle) as server, transport.send(post(server.url), connect=PATIENCE, read=PATIENCE) as answer:
             assert answer.status == 307
         assert len(server.exchanges) == 1
 
@@ -176,7 +186,7 @@ class TransportContract:
         assert error.billed == "no"
 
     async def test_silence_after_the_request_is_a_timeout_and_nothing_is_known(self, transport: Transport) -> None:
-        async with raw_server(Exchange.wait_closed) as server:
+        async with self.server(Exchange.wait_closed) as server:
             error = await self.fails(transport, server.url, read=BLINK)
         assert isinstance(error, ProviderTimeout)
         assert error.billed == "unknown"
@@ -187,7 +197,7 @@ class TransportContract:
             await exchange.chunk(b"a")
             await exchange.wait_closed()
 
-        async with raw_server(handle) as server:
+        async with self.server(handle) as server:
             error = await self.fails(transport, server.url, read=BLINK)
         assert isinstance(error, ProviderTimeout)
         assert error.billed == "unknown"
@@ -210,7 +220,7 @@ class TransportContract:
                 await exchange.stream.send(sent)
             await exchange.stream.aclose()
 
-        async with raw_server(handle) as server:
+        async with self.server(handle) as server:
             error = await self.fails(transport, server.url)
         assert (error.billed, len(server.exchanges)) == ("unknown", 1)
 
@@ -225,7 +235,7 @@ class TransportContract:
             await exchange.stream.send(b"0\r\n\r\n")
 
         with anyio.fail_after(PATIENCE):
-            async with raw_server(handle) as server, transport.send(post(server.url), connect=PATIENCE, read=PATIENCE) as answer:
+            async with self.server(handle) as server, transport.send(post(server.url), connect=PATIENCE, read=PATIENCE) as answer:
                 chunks = answer.chunks()
                 assert await anext(chunks) == b"first"
                 got_first.set()
@@ -238,7 +248,7 @@ class TransportContract:
                 await exchange.chunk(b"x" * 1000)
 
         with anyio.fail_after(PATIENCE):
-            async with raw_server(handle) as server, transport.send(post(server.url), connect=PATIENCE, read=PATIENCE) as answer:
+            async with self.server(handle) as server, transport.send(post(server.url), connect=PATIENCE, read=PATIENCE) as answer:
                 with pytest.raises(ProviderError) as caught:
                     await answer.read(10_000)
         assert caught.value.billed == "unknown"
@@ -247,18 +257,18 @@ class TransportContract:
         async def handle(exchange: Exchange) -> None:
             await exchange.answer(b"x" * 10_000)
 
-        async with raw_server(handle) as server, transport.send(post(server.url), connect=PATIENCE, read=PATIENCE) as answer:
+        async with self.server(handle) as server, transport.send(post(server.url), connect=PATIENCE, read=PATIENCE) as answer:
             assert len(await answer.read(10_000)) == 10_000
 
     async def test_a_compressed_body_comes_decoded(self, transport: Transport) -> None:
         async def handle(exchange: Exchange) -> None:
             await exchange.answer(gzip.compress(b'{"a":1}'), headers=b"content-encoding: gzip\r\n")
 
-        async with raw_server(handle) as server, transport.send(post(server.url), connect=PATIENCE, read=PATIENCE) as answer:
+        async with self.server(handle) as server, transport.send(post(server.url), connect=PATIENCE, read=PATIENCE) as answer:
             assert await answer.read(100) == b'{"a":1}'
 
     async def test_a_connection_is_used_again(self, transport: Transport) -> None:
-        async with raw_server(Exchange.answer) as server:
+        async with self.server(Exchange.answer) as server:
             for _ in range(3):
                 async with transport.send(post(server.url), connect=PATIENCE, read=PATIENCE) as answer:
                     await answer.read(100)
@@ -271,7 +281,7 @@ class TransportContract:
             else:
                 await exchange.stream.aclose()
 
-        async with raw_server(handle) as server:
+        async with self.server(handle) as server:
             async with transport.send(post(server.url), connect=PATIENCE, read=PATIENCE) as answer:
                 await answer.read(100)
             error = await self.fails(transport, server.url)
@@ -287,7 +297,7 @@ class TransportContract:
             closed.set()
 
         with anyio.fail_after(PATIENCE):
-            async with raw_server(handle) as server:
+            async with self.server(handle) as server:
                 async with transport.send(post(server.url), connect=PATIENCE, read=PATIENCE) as answer:
                     assert await anext(answer.chunks()) == b"a"
                 await closed.wait()
@@ -305,7 +315,7 @@ class TransportContract:
                 pass
 
         with anyio.fail_after(PATIENCE):
-            async with raw_server(handle) as server, anyio.create_task_group() as group:
+            async with self.server(handle) as server, anyio.create_task_group() as group:
                 group.start_soon(call, server.url)
                 await arrived.wait()
                 group.cancel_scope.cancel()
@@ -316,7 +326,7 @@ class TransportContract:
         async def handle(exchange: Exchange) -> None:
             await exchange.answer(headers=b"set-cookie: a=b; path=/\r\n")
 
-        async with raw_server(handle) as server:
+        async with self.server(handle) as server:
             for _ in range(2):
                 async with transport.send(post(server.url), connect=PATIENCE, read=PATIENCE) as answer:
                     await answer.read(100)
@@ -324,7 +334,10 @@ class TransportContract:
 
     async def test_a_long_body_arrives_whole(self, transport: Transport) -> None:
         body = b"x" * (3 * 2**20)
-        async with raw_server(Exchange.answer) as server, transport.send(post(server.url, body), connect=PATIENCE, read=PATIENCE) as answer:
+        async with (
+            self.server(Exchange.answer) as server,
+            transport.send(post(server.url, body), connect=PATIENCE, read=PATIENCE) as answer,
+        ):
             await answer.read(100)
         assert server.exchanges[0].body == body
 
@@ -342,13 +355,13 @@ class TransportContract:
                 await answer.read(100)
 
         with anyio.fail_after(PATIENCE):
-            async with raw_server(handle) as server, anyio.create_task_group() as group:
+            async with self.server(handle) as server, anyio.create_task_group() as group:
                 for _ in range(together):
                     group.start_soon(call)
                 await everybody.wait()
 
     async def test_it_works_again_after_it_was_closed(self, transport: Transport) -> None:
-        async with raw_server(Exchange.answer) as server:
+        async with self.server(Exchange.answer) as server:
             for _ in range(2):
                 async with transport.send(post(server.url), connect=PATIENCE, read=PATIENCE) as answer:
                     await answer.read(100)
