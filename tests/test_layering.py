@@ -46,7 +46,8 @@ CONCRETE = {"stores", "cache", "public_prices"}
 
 # Whatever can read a clock, roll a die, wait, start something or touch a file or a socket.
 IMPURE = {
-    "aiohttp", "anyio", "asyncio", "concurrent", "diskcache", "fcntl", "genai_prices", "glob", "http", "httpx", "httpx2", "io",
+    "aiohappyeyeballs", "aiohttp", "anyio", "asyncio", "concurrent", "diskcache", "fcntl", "genai_prices", "glob", "http", "httptools",
+    "httpx", "httpx2", "io",
     "limits", "logging", "mmap", "multiprocessing", "os", "pathlib", "random", "secrets", "select", "selectors", "shutil",
     "signal", "socket", "sqlite3", "ssl", "starlette", "subprocess", "tempfile", "threading", "time", "trio", "urllib", "uuid",
 }  # fmt: skip

@@ -5,7 +5,8 @@ import os
 import ssl
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 
 import anyio
@@ -17,12 +18,41 @@ from anyio.streams.tls import TLSStream
 
 from starlette_aigateway.errors import ConfigurationError, ProviderError
 from starlette_aigateway.protocols import Transport
+from starlette_aigateway.providers.http1.dialing import tls_context
 from starlette_aigateway.providers.transport import DefaultTransport, PerLoop, as_transport, default_transport
 from starlette_aigateway.providers.transport_aiohttp import AiohttpTransport
+from starlette_aigateway.providers.transport_httptools import HttptoolsTransport
 from starlette_aigateway.providers.transport_httpx import HttpxTransport
-from starlette_aigateway.testing.transport import PATIENCE, Exchange, TransportContract, post, raw_server
+from starlette_aigateway.testing.transport import PATIENCE, Exchange, Handler, RawServer, TransportContract, post, raw_server
+
+SELF_SIGNED = """\
+-----BEGIN PRIVATE KEY-----
+MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQg7qZTMMIlGBB+UKID
+RgdbG/4yBkhL7cwHkHz6vq0wo7ehRANCAARjEQkGcA/zvr2+daod8dJRtR9jTOfT
+wghNdNwvi+tGWHtuLtw/Y0wdOdbj0wRYkmL0b66L6xrNq3pSxELv/lXy
+-----END PRIVATE KEY-----
+-----BEGIN CERTIFICATE-----
+MIIBmzCCAUGgAwIBAgIUKjCUzjcPbwhd9ndM/1h81n160BcwCgYIKoZIzj0EAwIw
+FDESMBAGA1UEAwwJbG9jYWxob3N0MCAXDTI2MTEyMzA5NDczM1oYDzIxMjYxMDMw
+MDk0NzMzWjAUMRIwEAYDVQQDDAlsb2NhbGhvc3QwWTATBgcqhkjOPQIBBggqhkjO
+PQMBBwNCAARjEQkGcA/zvr2+daod8dJRtR9jTOfTwghNdNwvi+tGWHtuLtw/Y0wd
+Odbj0wRYkmL0b66L6xrNq3pSxELv/lXyo28wbTAdBgNVHQ4EFgQU8yST4shq5AbV
+s+WX6F3Baj+CjwEwHwYDVR0jBBgwFoAU8yST4shq5AbVs+WX6F3Baj+CjwEwDwYD
+VR0TAQH/BAUwAwEB/zAaBgNVHREEEzARgglsb2NhbGhvc3SHBH8AAAEwCgYIKoZI
+zj0EAwIDSAAwRQIgSOSGywQnL70X8DnsmrnIbFfb428dXzJRroE2/BwgNakCIQCZ
+76bEE+W+s9IYnCpqi4sFL5pyg53TMBG1kgtZhixpmw==
+-----END CERTIFICATE-----
+"""
 
 pytestmark = pytest.mark.anyio
+TRANSPORT_HTTPTOOLS = "starlette_aigateway.providers.transport_httptools"
+
+
+@pytest.fixture
+def self_signed(tmp_path: Path) -> Path:
+    path = tmp_path / "self-signed.pem"
+    path.write_text(SELF_SIGNED)
+    return path
 
 
 class TestAiohttp(TransportContract):
@@ -35,6 +65,35 @@ class TestAiohttp(TransportContract):
         transport = AiohttpTransport()
         yield transport
         await transport.aclose()
+
+
+class TestHttptools(TransportContract):
+    @pytest.fixture(params=[False, True], ids=["asyncio", "uvloop"])
+    def anyio_backend(self, request: pytest.FixtureRequest) -> tuple[str, dict[str, bool]]:
+        return "asyncio", {"use_uvloop": request.param}
+
+    @pytest.fixture
+    async def transport(self) -> AsyncIterator[Transport]:
+        transport = HttptoolsTransport()
+        yield transport
+        await transport.aclose()
+
+
+class TestHttptoolsOverTLS(TestHttptools):
+    @pytest.fixture(autouse=True)
+    def trusted(self, monkeypatch: pytest.MonkeyPatch, self_signed: Path) -> Iterator[None]:
+        monkeypatch.setenv("SSL_CERT_FILE", str(self_signed))
+        tls_context.cache_clear()
+        yield
+        tls_context.cache_clear()
+
+    def server(self, handle: Handler) -> AbstractAsyncContextManager[RawServer]:
+        return raw_server(handle, tls=self.certified)
+
+    @pytest.fixture(autouse=True)
+    def certify(self, self_signed: Path) -> None:
+        self.certified = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        self.certified.load_cert_chain(self_signed)
 
 
 UNFINISHED = pytest.mark.filterwarnings("ignore:Async generator 'http.*was garbage collected:ResourceWarning")
@@ -65,14 +124,28 @@ async def call(transport: Transport, url: str) -> int:
         return answer.status
 
 
-async def test_the_default_is_aiohttp_on_asyncio_and_httpx2_elsewhere(anyio_backend: str) -> None:
-    transport = DefaultTransport()
-    chosen = transport._chosen()
-    assert type(chosen) is (AiohttpTransport if anyio_backend == "asyncio" else HttpxTransport)
+async def test_the_default_is_httptools_on_asyncio_and_httpx2_elsewhere(anyio_backend: str) -> None:
+    chosen = DefaultTransport()._chosen()
+    assert type(chosen) is (HttptoolsTransport if anyio_backend == "asyncio" else HttpxTransport)
     assert not isinstance(chosen, HttpxTransport) or chosen._httpx is httpx2
 
 
-async def test_without_aiohttp_the_default_is_httpx(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_proxies_of_the_environment_are_aiohttps(anyio_backend: str) -> None:
+    assert type(DefaultTransport(trust_env=True)._chosen()) is AiohttpTransport
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+@pytest.mark.parametrize("missing", ["httptools", "aiohappyeyeballs"])
+async def test_without_httptools_the_default_is_aiohttp(anyio_backend: str, missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in [name for name in sys.modules if name.startswith(("starlette_aigateway.providers.http1", TRANSPORT_HTTPTOOLS))]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setitem(sys.modules, missing, None)
+    assert type(DefaultTransport()._chosen()) is AiohttpTransport
+
+
+async def test_without_what_is_fast_the_default_is_httpx(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, TRANSPORT_HTTPTOOLS, None)
     monkeypatch.setitem(sys.modules, "starlette_aigateway.providers.transport_aiohttp", None)
     monkeypatch.setitem(sys.modules, "httpx2", None)
     transport = DefaultTransport()
@@ -174,29 +247,11 @@ async def test_proxies_of_the_environment_are_used_only_if_asked_for(trust_env: 
         await transport.aclose()
 
 
-SELF_SIGNED = """\
------BEGIN PRIVATE KEY-----
-MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQg7qZTMMIlGBB+UKID
-RgdbG/4yBkhL7cwHkHz6vq0wo7ehRANCAARjEQkGcA/zvr2+daod8dJRtR9jTOfT
-wghNdNwvi+tGWHtuLtw/Y0wdOdbj0wRYkmL0b66L6xrNq3pSxELv/lXy
------END PRIVATE KEY-----
------BEGIN CERTIFICATE-----
-MIIBmzCCAUGgAwIBAgIUKjCUzjcPbwhd9ndM/1h81n160BcwCgYIKoZIzj0EAwIw
-FDESMBAGA1UEAwwJbG9jYWxob3N0MCAXDTI2MTEyMzA5NDczM1oYDzIxMjYxMDMw
-MDk0NzMzWjAUMRIwEAYDVQQDDAlsb2NhbGhvc3QwWTATBgcqhkjOPQIBBggqhkjO
-PQMBBwNCAARjEQkGcA/zvr2+daod8dJRtR9jTOfTwghNdNwvi+tGWHtuLtw/Y0wd
-Odbj0wRYkmL0b66L6xrNq3pSxELv/lXyo28wbTAdBgNVHQ4EFgQU8yST4shq5AbV
-s+WX6F3Baj+CjwEwHwYDVR0jBBgwFoAU8yST4shq5AbVs+WX6F3Baj+CjwEwDwYD
-VR0TAQH/BAUwAwEB/zAaBgNVHREEEzARgglsb2NhbGhvc3SHBH8AAAEwCgYIKoZI
-zj0EAwIDSAAwRQIgSOSGywQnL70X8DnsmrnIbFfb428dXzJRroE2/BwgNakCIQCZ
-76bEE+W+s9IYnCpqi4sFL5pyg53TMBG1kgtZhixpmw==
------END CERTIFICATE-----
-"""
-
-
 @pytest.mark.parametrize(
     ("anyio_backend", "make"),
     [
+        ("asyncio", HttptoolsTransport),
+        (("asyncio", {"use_uvloop": True}), HttptoolsTransport),
         ("asyncio", AiohttpTransport),
         ("asyncio", lambda: HttpxTransport(library="httpx2")),
         ("asyncio", lambda: HttpxTransport(library="httpx")),
@@ -205,11 +260,10 @@ zj0EAwIDSAAwRQIgSOSGywQnL70X8DnsmrnIbFfb428dXzJRroE2/BwgNakCIQCZ
     ],
 )
 async def test_an_untrusted_certificate_is_refused_before_anything_is_sent(
-    make: Callable[[], Transport], anyio_backend: str, tmp_path: Path
+    make: Callable[[], Transport], anyio_backend: str, self_signed: Path
 ) -> None:
-    (tmp_path / "self-signed.pem").write_text(SELF_SIGNED)
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    context.load_cert_chain(tmp_path / "self-signed.pem")
+    context.load_cert_chain(self_signed)
     received: list[bytes] = []
 
     async def serve(stream: SocketStream) -> None:
@@ -231,5 +285,7 @@ async def test_an_untrusted_certificate_is_refused_before_anything_is_sent(
 
 
 def test_importing_the_providers_loads_no_http_client() -> None:
-    script = "import sys, starlette_aigateway.providers; print([m for m in ('httpx', 'httpx2', 'aiohttp') if m in sys.modules])"
+    script = (
+        "import sys, starlette_aigateway.providers; print([m for m in ('httpx', 'httpx2', 'aiohttp', 'httptools') if m in sys.modules])"
+    )
     assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.strip() == "[]"

@@ -1,7 +1,7 @@
 """The HTTP client seam: which client there is, and one pool of connections for each event loop and process.
 
-aiohttp where it is installed and asyncio runs; else `httpx2`, its maintained continuation, else `httpx`. Each stands in a module of
-its own, which is imported at the first call.
+Where asyncio runs, httptools or else aiohttp, if they are installed; else `httpx2`, HTTPX's maintained continuation, else `httpx`. Each
+stands in a module of its own, which is imported at the first call.
 """
 
 from __future__ import annotations
@@ -67,21 +67,29 @@ class DefaultTransport:
     def _chosen(self) -> Transport:
         if runs_asyncio():
             if self._asyncio is None:
-                self._asyncio = _aiohttp(self._trust_env) or self._httpx()
+                self._asyncio = _fast(self._trust_env) or self._httpx()
             return self._asyncio
         return self._httpx()
 
     def _httpx(self) -> Transport:
         if self._other is None:
-            from .transport_httpx import HttpxTransport  # not loaded where aiohttp does the work
+            from .transport_httpx import HttpxTransport  # not loaded where a faster one does the work
 
             self._other = HttpxTransport(trust_env=self._trust_env)
         return self._other
 
 
-def _aiohttp(trust_env: bool) -> Transport | None:
+def _fast(trust_env: bool) -> Transport | None:
+    """The fastest of what the extra `[fast]` brings and is there. Only aiohttp knows of proxies."""
+    if not trust_env:
+        try:
+            from .transport_httptools import HttptoolsTransport  # needs httptools and aiohappyeyeballs
+        except ImportError:
+            pass
+        else:
+            return HttptoolsTransport()
     try:
-        from .transport_aiohttp import AiohttpTransport  # the extra `[fast]`: it may not be there
+        from .transport_aiohttp import AiohttpTransport  # needs aiohttp
     except ImportError:
         return None
     return AiohttpTransport(trust_env=trust_env)
@@ -109,6 +117,11 @@ class PerLoop(Generic[T]):
         self._held: dict[object, tuple[T, AsyncGenerator[T, None]]] = {}
         self._inherited: list[Any] = []
         self._pid = os.getpid()
+
+    def held(self, loop: object) -> T | None:
+        """What `get` would give without opening one."""
+        held = self._held.get(loop) if self._pid == os.getpid() else None
+        return None if held is None else held[0]
 
     async def get(self) -> T:
         if self._pid != os.getpid():
