@@ -1,10 +1,10 @@
 """What is measured: a Starlette app with the gateway mounted at /ai, in front of a server that plays OpenAI's API on port 9001.
 
 Everything is on: a stored key with windows of requests and of tokens and with caps of every kind, a durable ledger on disk in a new
-directory, the cache, an aiohttp transport. The limits are too large to refuse anything, and are counted all the same.
+directory, the cache. The limits are too large to refuse anything, and are counted all the same.
 
 With `LEDGER=none` nothing is held or booked, so that the cost of the ledger itself can be told. With `DATA_DIR=<a directory>` that one is
-used and left there: by several workers, or filled before.
+used and left there: by several workers, or filled before. `TRANSPORT` is `aiohttp` or `httptools`; without it, the gateway chooses.
 
     $ WORK=<a directory> uvicorn --app-dir benchmarks app:app --port 9201 --loop uvloop --http httptools --no-access-log
 
@@ -26,8 +26,10 @@ from starlette.routing import Mount
 
 from starlette_aigateway import AIGateway, Conflict, Price
 from starlette_aigateway.policy.keys import mint
+from starlette_aigateway.protocols import Transport
 from starlette_aigateway.providers import OpenAIProvider
 from starlette_aigateway.providers.transport_aiohttp import AiohttpTransport
+from starlette_aigateway.providers.transport_httptools import HttptoolsTransport
 
 WORK = Path(os.environ["WORK"])
 SEED_FILE = WORK / "aigateway.seed"
@@ -48,11 +50,21 @@ def random(length: int) -> bytes:
     return seed() if length == SEED_BYTES else os.urandom(length)
 
 
+def transport() -> Transport | None:
+    match os.environ.get("TRANSPORT"):
+        case "aiohttp":
+            return AiohttpTransport()
+        case "httptools":
+            return HttptoolsTransport()
+        case _:
+            return None
+
+
 def build() -> Starlette:
     given = os.environ.get("DATA_DIR")
     data_dir = Path(given or tempfile.mkdtemp(prefix="aigateway-", dir=WORK))
     gateway = AIGateway(
-        providers=[OpenAIProvider(api_key="upstream", base_url=UPSTREAM, transport=AiohttpTransport())],
+        providers=[OpenAIProvider(api_key="upstream", base_url=UPSTREAM, transport=transport())],
         data_dir=data_dir,
         prices={"gpt-4o-mini": Price("0.15", "0.60", cache_read="0.075")},
         ledger=None if os.environ.get("LEDGER") != "none" else NoLedger(),
