@@ -14,13 +14,14 @@ from concurrent.futures import Future
 from contextlib import suppress
 from pathlib import Path
 from struct import Struct, error
-from typing import NamedTuple, NoReturn, TypeAlias
-
-from diskcache import Cache, Disk, Timeout
-from diskcache.core import DBNAME, MODE_RAW, UNKNOWN
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 from .protocols import Clock
 
+if TYPE_CHECKING:
+    from .cache_disk import OneConnection
+
+NAME = "cache.db"
 READ_TIMEOUT = 0.05
 """Seconds that a read may wait for the file, on the event loop. In WAL mode a reader waits for nothing but a recovery."""
 
@@ -33,9 +34,6 @@ GATHER_SECONDS = 0.02
 MAX_BATCH = 128
 MAX_PENDING_BYTES = 64 * 2**20
 KEPT_CORRUPT = 3
-NO_FILES = 2**62
-"""A `min_file_size` that no value reaches."""
-
 DAMAGED = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR})
 """`SQLITE_ERROR` is a statement that does not fit the schema: somebody else's file."""
 
@@ -47,85 +45,6 @@ Generation: TypeAlias = tuple[int, int, int] | None
 
 Failed: TypeAlias = Callable[[str, Exception], None]
 """Told what could not be done, and why."""
-
-
-class BytesDisk(Disk):  # type: ignore[misc]  # diskcache ships no types
-    """A `Disk` that takes and gives bytes only, in the row itself.
-
-    The stock one unpickles what a row tells it to, and opens and removes the files that a row names: whoever can write to `cache.db` runs
-    code in every worker (CVE-2025-69872; `JSONDisk` is no better). Here such rows raise `ValueError`, and no file is ever touched.
-    """
-
-    def put(self, key: object) -> tuple[str, bool]:
-        if type(key) is not str:
-            raise ValueError("a key must be a string")
-        return key, True
-
-    def get(self, key: object, raw: object) -> str:
-        if not raw or type(key) is not str:
-            raise ValueError("a row's key is not a string")
-        return key
-
-    def store(self, value: object, read: bool, key: object = UNKNOWN) -> tuple[int, int, None, bytes]:
-        if read or type(value) is not bytes:
-            raise ValueError("a value must be bytes")
-        return 0, MODE_RAW, None, value
-
-    def fetch(self, mode: int, filename: str | None, value: object, read: bool) -> bytes:
-        if read or mode != MODE_RAW or filename is not None or type(value) is not bytes:
-            raise ValueError("a row's value is not bytes")
-        return value
-
-    def filename(self, key: object = UNKNOWN, value: object = UNKNOWN) -> NoReturn:
-        raise ValueError("values are never kept in files")
-
-    def remove(self, file_path: str) -> None:
-        """Nothing: a row that names a file was planted, and the file is somebody else's."""
-
-
-class OneConnection(Cache):  # type: ignore[misc]  # diskcache ships no types
-    """A diskcache with one connection, whichever thread asks, so that `close` closes it. Not for two threads at a time.
-
-    The stock class has one for each thread, which no other thread can close. Should a later diskcache know no `_con`, it goes back to
-    that.
-    """
-
-    _connection: sqlite3.Connection | None = None
-
-    def __init__(self, directory: Path, *, timeout: float, size_limit: int) -> None:
-        try:
-            super().__init__(
-                str(directory),
-                timeout=timeout,
-                disk=BytesDisk,
-                size_limit=size_limit,
-                eviction_policy="least-recently-stored",
-                cull_limit=0,  # the thread culls after each batch: within one, the file has not shrunk yet
-                statistics=0,
-                tag_index=0,
-                disk_min_file_size=NO_FILES,
-                disk_pickle_protocol=0,
-                sqlite_mmap_size=0,  # a file that another process damages must be an error, not a SIGBUS
-            )
-        except BaseException:
-            self.close()
-            raise
-
-    @property
-    def _con(self) -> sqlite3.Connection:
-        if self._connection is None:
-            path = Path(self.directory, DBNAME)
-            patience = self.timeout or WRITE_TIMEOUT  # 0 while diskcache sets up the tables, where it retries some statements only
-            self._connection = sqlite3.connect(path, timeout=patience, isolation_level=None, check_same_thread=False)
-            self._connection.execute("PRAGMA trusted_schema=OFF")  # planted triggers and views call no function with side effects
-            self._connection.execute("PRAGMA synchronous=NORMAL")
-            self._connection.execute("PRAGMA journal_size_limit=16777216")
-        return self._connection
-
-    def close(self) -> None:
-        connection, self._connection = self._connection, None
-        if connection is not None:
-            connection.close()
 
 
 class Entry(NamedTuple):
@@ -166,7 +85,7 @@ class CacheFiles:
 
     def __init__(self, directory: Path, *, size_limit: int, clock: Clock, failed: Failed) -> None:
         self._directory = directory
-        self._path = directory / DBNAME
+        self._path = directory / NAME
         self._purges = directory / "purges"
         self._purges_name = str(self._purges)
         self._size_limit = size_limit
@@ -345,13 +264,15 @@ class CacheFiles:
                     self._pending_bytes -= len(task.entry.value)
 
     def _open_files(self) -> None:
+        from .cache_disk import OneConnection  # diskcache is loaded when there are files, and on this thread
+
         self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         if self._directory.stat().st_mode & 0o077:
             self._directory.chmod(0o700)
         create(self._path)
-        self._writer = OneConnection(self._directory, timeout=WRITE_TIMEOUT, size_limit=self._size_limit)
+        self._writer = OneConnection(self._path, timeout=WRITE_TIMEOUT, patience=WRITE_TIMEOUT, size_limit=self._size_limit)
         self._identity = identity(self._path)
-        reader = OneConnection(self._directory, timeout=READ_TIMEOUT, size_limit=self._size_limit)
+        reader = OneConnection(self._path, timeout=READ_TIMEOUT, patience=WRITE_TIMEOUT, size_limit=self._size_limit)
         create(self._purges)
         self._reader = reader
 
@@ -439,7 +360,7 @@ def damaged(failure: Exception) -> bool:
     if isinstance(failure, sqlite3.Error):
         code = getattr(failure, "sqlite_errorcode", None)
         return isinstance(code, int) and code & 0xFF in DAMAGED
-    return not isinstance(failure, OSError | Timeout | MemoryError)
+    return not (isinstance(failure, OSError | MemoryError) or locked(failure))
 
 
 def reason(failure: Exception) -> str:
@@ -448,4 +369,11 @@ def reason(failure: Exception) -> str:
         return str(failure)
     if isinstance(failure, OSError):
         return failure.strerror or "no reason given"
-    return "the file is locked" if isinstance(failure, Timeout) else "the file's contents are not ours"
+    return "the file is locked" if locked(failure) else "the file's contents are not ours"
+
+
+def locked(failure: Exception) -> bool:
+    """Whether diskcache waited for the file in vain, and says so in its own way."""
+    from diskcache import Timeout
+
+    return isinstance(failure, Timeout)

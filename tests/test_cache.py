@@ -18,7 +18,7 @@ from diskcache.core import MODE_BINARY, MODE_PICKLE, MODE_RAW, MODE_TEXT
 
 from starlette_aigateway import cache_files
 from starlette_aigateway.cache import DiskResponseCache, wait
-from starlette_aigateway.cache_files import BytesDisk
+from starlette_aigateway.cache_disk import BytesDisk
 from starlette_aigateway.protocols import ResponseCache
 from starlette_aigateway.testing.cache import ResponseCacheContract, SharedResponseCacheContract, key
 from starlette_aigateway.testing.clock import FakeClock

@@ -1,0 +1,94 @@
+"""diskcache, as the response cache uses it: rows of bytes and nothing else, one connection. Imported when the files are opened."""
+
+from __future__ import annotations
+
+import sqlite3
+from pathlib import Path
+from typing import NoReturn
+
+from diskcache import Cache, Disk
+from diskcache.core import MODE_RAW, UNKNOWN
+
+NO_FILES = 2**62
+"""A `min_file_size` that no value reaches."""
+
+
+class BytesDisk(Disk):  # type: ignore[misc]  # diskcache ships no types
+    """A `Disk` that takes and gives bytes only, in the row itself.
+
+    The stock one unpickles what a row tells it to, and opens and removes the files that a row names: whoever can write to `cache.db` runs
+    code in every worker (CVE-2025-69872; `JSONDisk` is no better). Here such rows raise `ValueError`, and no file is ever touched.
+    """
+
+    def put(self, key: object) -> tuple[str, bool]:
+        if type(key) is not str:
+            raise ValueError("a key must be a string")
+        return key, True
+
+    def get(self, key: object, raw: object) -> str:
+        if not raw or type(key) is not str:
+            raise ValueError("a row's key is not a string")
+        return key
+
+    def store(self, value: object, read: bool, key: object = UNKNOWN) -> tuple[int, int, None, bytes]:
+        if read or type(value) is not bytes:
+            raise ValueError("a value must be bytes")
+        return 0, MODE_RAW, None, value
+
+    def fetch(self, mode: int, filename: str | None, value: object, read: bool) -> bytes:
+        if read or mode != MODE_RAW or filename is not None or type(value) is not bytes:
+            raise ValueError("a row's value is not bytes")
+        return value
+
+    def filename(self, key: object = UNKNOWN, value: object = UNKNOWN) -> NoReturn:
+        raise ValueError("values are never kept in files")
+
+    def remove(self, file_path: str) -> None:
+        """Nothing: a row that names a file was planted, and the file is somebody else's."""
+
+
+class OneConnection(Cache):  # type: ignore[misc]  # diskcache ships no types
+    """A diskcache with one connection to the database at `path`, whichever thread asks, so that `close` closes it. Not for two threads at
+    a time. Statements wait `timeout` seconds for the file, those that set up the tables `patience`.
+
+    The stock class has one for each thread, which no other thread can close. Should a later diskcache know no `_con`, it goes back to
+    that.
+    """
+
+    _connection: sqlite3.Connection | None = None
+
+    def __init__(self, path: Path, *, timeout: float, patience: float, size_limit: int) -> None:
+        self._path = path
+        self._patience = patience
+        try:
+            super().__init__(
+                str(path.parent),
+                timeout=timeout,
+                disk=BytesDisk,
+                size_limit=size_limit,
+                eviction_policy="least-recently-stored",
+                cull_limit=0,  # the thread culls after each batch: within one, the file has not shrunk yet
+                statistics=0,
+                tag_index=0,
+                disk_min_file_size=NO_FILES,
+                disk_pickle_protocol=0,
+                sqlite_mmap_size=0,  # a file that another process damages must be an error, not a SIGBUS
+            )
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def _con(self) -> sqlite3.Connection:
+        if self._connection is None:
+            patience = self.timeout or self._patience  # it is 0 while the tables are set up, where diskcache retries some statements only
+            self._connection = sqlite3.connect(self._path, timeout=patience, isolation_level=None, check_same_thread=False)
+            self._connection.execute("PRAGMA trusted_schema=OFF")  # planted triggers and views call no function with side effects
+            self._connection.execute("PRAGMA synchronous=NORMAL")
+            self._connection.execute("PRAGMA journal_size_limit=16777216")
+        return self._connection
+
+    def close(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.close()
