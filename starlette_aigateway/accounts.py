@@ -34,7 +34,7 @@ def tenant_scope(tenant_id: str) -> str:
     return f"tenant:{tenant_id}"
 
 
-class ScopeClaim(Struct, frozen=True):
+class ScopeClaim(Struct, frozen=True, gc=False):
     """One scope that a hold counts in. `caps` of None: the caps stored with `Ledger.set_caps` hold. `max_parallel` counts open holds."""
 
     scope: str
@@ -75,7 +75,7 @@ class HoldRequest(Struct, frozen=True, kw_only=True):
     would_refuse: str | None = None
 
 
-class Hold(Struct, frozen=True, kw_only=True):
+class Hold(Struct, frozen=True, kw_only=True, gc=False):
     """Granted money. `made_at` is Unix seconds; the settlement is booked into the periods of that moment. `would_refuse` is the code of
     the refusal that it would have got if limits were enforced."""
 
@@ -86,7 +86,7 @@ class Hold(Struct, frozen=True, kw_only=True):
     would_refuse: str | None = None
 
 
-class Settlement(Struct, frozen=True, kw_only=True):
+class Settlement(Struct, frozen=True, kw_only=True, gc=False):
     """How an attempt ended. `amount` is booked in full, also above the hold."""
 
     outcome: Outcome

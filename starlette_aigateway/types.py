@@ -34,7 +34,7 @@ class Message(TypedDict, total=False):
     refusal: str | None
 
 
-class Usage(Struct, frozen=True, kw_only=True):
+class Usage(Struct, frozen=True, kw_only=True, gc=False):
     """Tokens of one answer, in the terms of the OpenTelemetry GenAI conventions: `input_tokens` include the cached ones and
     `output_tokens` include the reasoning ones. `cache_creation_1h_input_tokens` are those of `cache_creation_input_tokens` that the
     provider keeps for an hour."""
@@ -283,7 +283,7 @@ class CompletionRequest(Struct, frozen=True, kw_only=True):
     params: Mapping[str, Any] = {}
 
 
-class Native(Struct, frozen=True):
+class Native(Struct, frozen=True, gc=False):
     """An answer's body as the provider sent it: `wire` names its dialect (`openai_chat`)."""
 
     wire: str
@@ -352,7 +352,7 @@ class ProviderCall(Struct, frozen=True, kw_only=True):
     read: float = 120.0
 
 
-class CacheControl(Struct, frozen=True, kw_only=True):
+class CacheControl(Struct, frozen=True, kw_only=True, gc=False):
     """What one call wants of the response cache (RFC 9111, section 5.2.1): `read` is off for `no-cache`, both are off for
     `no-store`; `max_age` is in seconds."""
 
@@ -447,7 +447,7 @@ def _image_count(value: Any, name: str) -> int:
 WindowKind = Literal["requests", "tokens"]
 
 
-class WindowClaim(Struct, frozen=True):
+class WindowClaim(Struct, frozen=True, gc=False):
     """What one call asks of one sliding window: `amount` requests or tokens, where at most `limit` may pass in `seconds`.
 
     `scope` is whose window it is: `principal:…`, `tenant:…`, `gateway`, `login:1.2.3.4`; never a raw key. The window is named without
@@ -470,7 +470,7 @@ class WindowClaim(Struct, frozen=True):
         return self.scope.partition(":")[0]
 
 
-class WindowState(Struct, frozen=True):
+class WindowState(Struct, frozen=True, gc=False):
     """A window after a claim: what `remaining` requests or tokens would be let in now, and the seconds after which it is as good as
     unused (`x-ratelimit-reset-requests` in OpenAI's sense)."""
 
@@ -489,7 +489,7 @@ def rfc3339(moment: datetime | None) -> str | None:
     return None if moment is None else moment.astimezone(UTC).isoformat().replace("+00:00", "Z")
 
 
-class RawEvents(Struct, frozen=True):
+class RawEvents(Struct, frozen=True, gc=False):
     """SSE events of a stream, forwarded as the bytes that came: whole events of `wire`, none of which carries usage, a finish reason
     or an error. `count` is how many."""
 

@@ -139,7 +139,7 @@ def _delta_seconds(argument: str) -> int:
     return MAX_DELTA_SECONDS if len(text) > 10 else min(int(text), MAX_DELTA_SECONDS)  # RFC 9111, section 1.2.2
 
 
-class CachedCompletion(Struct, frozen=True, kw_only=True, tag="whole"):
+class CachedCompletion(Struct, frozen=True, kw_only=True, gc=False, tag="whole"):
     """A whole answer. With a `native` body the message is not kept a second time: it is decoded from that body when it is needed."""
 
     message: dict[str, Any] | None = None
@@ -150,7 +150,7 @@ class CachedCompletion(Struct, frozen=True, kw_only=True, tag="whole"):
     id: str | None = None
 
 
-class CachedEvents(Struct, frozen=True, kw_only=True, tag="events"):
+class CachedEvents(Struct, frozen=True, kw_only=True, gc=False, tag="events"):
     """A complete stream: `data` are all its SSE events in the dialect `wire`."""
 
     wire: str
@@ -161,7 +161,7 @@ class CachedEvents(Struct, frozen=True, kw_only=True, tag="events"):
     id: str | None = None
 
 
-class CachedAnswer(Struct, frozen=True, kw_only=True):
+class CachedAnswer(Struct, frozen=True, kw_only=True, gc=False):
     """What the cache keeps of a call: who gave the answer, when (Unix seconds), and the answer."""
 
     stored_at: float

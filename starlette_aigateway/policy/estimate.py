@@ -52,7 +52,7 @@ NORMAL_FORMS: tuple[Literal["NFC", "NFKC"], ...] = ("NFC", "NFKC")
 """https://www.unicode.org/reports/tr15/"""
 
 
-class Ask(Struct, frozen=True, kw_only=True):
+class Ask(Struct, frozen=True, kw_only=True, gc=False):
     """What one attempt asks of the ledger: nano-USD between `minimum` and `wanted`, for `output_wanted` tokens in each choice.
     `given`: the caller set that bound itself, so that it may not be lowered."""
 

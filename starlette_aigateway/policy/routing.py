@@ -20,14 +20,14 @@ class Route(Protocol):
     def serves(self, model: str) -> str | None: ...
 
 
-class Target(Struct, frozen=True):
+class Target(Struct, frozen=True, gc=False):
     """One provider and the upstream's name of the model."""
 
     provider: str
     upstream: str
 
 
-class Plan(Struct, frozen=True):
+class Plan(Struct, frozen=True, gc=False):
     """The targets of one model, in the order in which they are tried. `fingerprint` tells two plans apart in a cache key."""
 
     model: str
