@@ -111,18 +111,18 @@ class Admission:
     ) -> Call:
         """A call that has not passed its windows yet: everything of `admit` that takes nothing."""
         started = monotonic()
-        openai_chat.validate(request)
+        plain = openai_chat.validate(request)
         requested = request.model
         prompt: str | None = None
         if request.prompt is not None:
-            request, prompt = await self._render(principal, request, request.prompt)
+            request, prompt, plain = await self._render(principal, request, request.prompt)
         plan = self._planned(request.model).plan
         keys.authorize(principal, requested or request.model)
         standing = self._standings.of(principal, NO_LIMITS if principal.tenant is None else await self._tenant(principal))
         sent = estimate.encoded(request)
         cache_key = self._cache_key(standing, request, options, plan, sent, stream=stream)
         stored = await self._answers.lookup(cache_key, options)
-        weight = None if stored is not None else weigh(request, sent, self._s.image_tokens, self._s.allow_unbounded)
+        weight = None if stored is not None else weigh(request, sent, self._s.image_tokens, self._s.allow_unbounded, plain=plain)
         timeout = self._s.timeouts.call
         return Call(
             request_id=request_id,
@@ -144,16 +144,17 @@ class Admission:
             bill=bill,
         )
 
-    async def _render(self, principal: Principal, request: CompletionRequest, reference: PromptRef) -> tuple[CompletionRequest, str]:
-        """The request with its prompt's messages and settings; what the caller sets itself wins over a setting."""
+    async def _render(self, principal: Principal, request: CompletionRequest, reference: PromptRef) -> tuple[CompletionRequest, str, bool]:
+        """The request with its prompt's messages and settings, which prompt that is, and whether it is plain text now; what the caller
+        sets itself wins over a setting."""
         prompt = await self._s.prompts.get(reference.name, version=reference.version, label=reference.label, tenant=principal.tenant_id)
         if prompt is None:
             wanted = f"version {reference.version}" if reference.version is not None else f"label {reference.label or prompts.PRODUCTION!r}"
             raise NotFound(f"there is no prompt {reference.name!r} with {wanted}", code="prompt_not_found", param="prompt")
         messages = (*self._renderer.render(prompt, reference.variables), *request.messages)
         rendered = prompts.applied(prompt, request, messages)
-        openai_chat.validate(rendered)
-        return rendered, f"{prompt.name}@{prompt.version}"
+        plain = openai_chat.validate(rendered)
+        return rendered, f"{prompt.name}@{prompt.version}", plain
 
     def _planned(self, model: str) -> Routes:
         planned = self._routes.get(model)

@@ -24,15 +24,11 @@ class Weight(Struct, frozen=True, kw_only=True, gc=False):
     refused: str | None
 
 
-def weigh(request: CompletionRequest, sent: Encoded, image_tokens: ImageTokens, allowed: AbstractSet[str]) -> Weight:
-    """`sent` is `request` encoded; `allowed` are the kinds of unbounded parameters that the host allows."""
-    images = openai_chat.images(request, image_tokens)
-    unbounded, refused = False, None
-    for parameter in openai_chat.unbounded_parameters(request):
-        unbounded = True
-        if openai_chat.kind_of(parameter) not in allowed:
-            refused = parameter
-            break
+def weigh(request: CompletionRequest, sent: Encoded, image_tokens: ImageTokens, allowed: AbstractSet[str], *, plain: bool) -> Weight:
+    """`sent` is `request` encoded; `allowed` are the kinds of unbounded parameters that the host allows. `plain`: the messages are nothing
+    but text, as `openai_chat.validate` says."""
+    images = openai_chat.NO_IMAGES if plain else openai_chat.images(request, image_tokens)
+    unbounded, refused = (False, None) if plain and not request.params else _unbounded(request, allowed)
     return Weight(
         input_tokens=estimate.input_bound(request, extra=images.tokens - images.bytes, sent=sent),
         window_tokens=estimate.tokens_for_window(request, request.max_tokens, images=images.number, image_bytes=images.bytes, sent=sent),
@@ -40,3 +36,12 @@ def weigh(request: CompletionRequest, sent: Encoded, image_tokens: ImageTokens, 
         unbounded=unbounded,
         refused=refused,
     )
+
+
+def _unbounded(request: CompletionRequest, allowed: AbstractSet[str]) -> tuple[bool, str | None]:
+    found = False
+    for parameter in openai_chat.unbounded_parameters(request):
+        found = True
+        if openai_chat.kind_of(parameter) not in allowed:
+            return True, parameter
+    return found, None

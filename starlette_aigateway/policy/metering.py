@@ -87,8 +87,9 @@ def plausible(usage: Any, has_output: bool = False) -> Usage | None:
     not that there was none."""
     if not isinstance(usage, Usage):
         return None
-    if not all(type(tokens) is int and 0 <= tokens <= MAX_TOKENS for tokens in astuple(usage)):
-        return None
+    for tokens in astuple(usage):
+        if type(tokens) is not int or not 0 <= tokens <= MAX_TOKENS:
+            return None
     return None if has_output and not usage.output_tokens else usage
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .openai_chat_answer import WIRE, decode_completion, encode_completion, error_facts
 from .openai_chat_cost import PARAMETERS, Cost, asks_for_reasoning, kind_of, unbounded_parameters
-from .openai_chat_images import images
+from .openai_chat_images import NO_IMAGES, images
 from .openai_chat_request import DECIDED, ChatCall, decode_request, encode_request
 from .openai_chat_rules import validate
 from .openai_chat_stream import (
@@ -24,6 +24,7 @@ from .openai_chat_stream import (
 __all__ = [
     "DECIDED",
     "DONE",
+    "NO_IMAGES",
     "PARAMETERS",
     "WIRE",
     "ChatCall",

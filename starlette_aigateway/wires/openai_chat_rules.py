@@ -21,12 +21,13 @@ _PLAIN_ROLES = frozenset({"system", "developer", "user", "assistant"})
 _INSTEAD_OF_CONTENT = ("tool_calls", "refusal", "function_call", "audio")
 
 
-def validate(request: CompletionRequest) -> None:
-    """Raises `InvalidRequest`, whose `param` names the field (`messages[0].role`) and whose message says how to mend it."""
+def validate(request: CompletionRequest) -> bool:
+    """Whether the messages are nothing but text, which nobody has to look at more closely. Raises `InvalidRequest`, whose `param` names
+    the field (`messages[0].role`) and whose message says how to mend it."""
     _check_model(request)
     if request.prompt is not None:
         _check_prompt(request.prompt)
-    _check_messages(request)
+    plain = _check_messages(request)
     if request.temperature is not None:
         _check_temperature(request.temperature)
     if request.max_tokens is not None:
@@ -35,6 +36,7 @@ def validate(request: CompletionRequest) -> None:
         _check_count(request.n, "n", MAX_CHOICES)
     if request.params:
         _check_params(request.params)
+    return plain
 
 
 def _check_model(request: CompletionRequest) -> None:
@@ -70,7 +72,7 @@ def _check_name(value: Any, param: str) -> None:
         raise InvalidRequest(f"{param} must be a string of 1 to {MAX_NAME} printable characters", param=param)
 
 
-def _check_messages(request: CompletionRequest) -> None:
+def _check_messages(request: CompletionRequest) -> bool:
     messages = request.messages
     if not isinstance(messages, list | tuple):
         raise InvalidRequest("messages must be a list of objects", param="messages")
@@ -78,13 +80,16 @@ def _check_messages(request: CompletionRequest) -> None:
         raise InvalidRequest("messages must hold at least one message", param="messages")
     if len(messages) > MAX_MESSAGES:
         raise InvalidRequest(f"messages must be at most {MAX_MESSAGES}", param="messages")
+    plain = True
     for index, message in enumerate(messages):
         # The common message is told apart in a fraction of a microsecond; whatever is not known here gets the full look.
         if type(message) is dict and len(message) == 2:
             content, role = message.get("content"), message.get("role")
             if type(content) is str and type(role) is str and role in _PLAIN_ROLES and (content.isascii() or is_encodable(content)):
                 continue
+        plain = False
         _check_message(message, f"messages[{index}]")
+    return plain
 
 
 def _check_message(message: Message | Any, param: str) -> None:
