@@ -15,7 +15,7 @@ import pytest
 
 from starlette_aigateway.errors import ConfigurationError, InvalidArgument, NotFound, StorageUnavailable
 from starlette_aigateway.policy import keys
-from starlette_aigateway.stores.sqlite import config
+from starlette_aigateway.stores.sqlite import commit_mark, config
 from starlette_aigateway.stores.sqlite.config import ConfigDatabase
 from starlette_aigateway.stores.sqlite.keys import SQLiteKeyStore
 from starlette_aigateway.testing.keys import CREATED, NOW, KeyStoreContract, digest_of, key
@@ -120,7 +120,7 @@ async def test_a_raw_key_is_in_no_file(store: SQLiteKeyStore, tmp_path: Path) ->
     await store.rotate("key_1", keys.digest(second), keys.hint(second), previous_until=NOW)
     assert await store.find(keys.digest(second), now=NOW) is not None
     files = sorted(path.name for path in tmp_path.iterdir())
-    assert files == ["config.db", "config.db-shm", "config.db-wal", "config.db.lock"]
+    assert files == ["config.db", "config.db-shm", "config.db-wal", "config.db.lock", "config.db.version"]
     for path in tmp_path.iterdir():
         content = path.read_bytes()
         for raw in (first, second):
@@ -136,7 +136,7 @@ async def test_the_files_are_for_this_user_only_whatever_the_umask(tmp_path: Pat
             modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()}
     finally:
         os.umask(before)
-    assert modes == dict.fromkeys(("config.db", "config.db-shm", "config.db-wal", "config.db.lock"), 0o600)
+    assert modes == dict.fromkeys(("config.db", "config.db-shm", "config.db-wal", "config.db.lock", "config.db.version"), 0o600)
 
 
 async def test_keys_survive_a_restart(tmp_path: Path) -> None:
@@ -264,7 +264,10 @@ async def test_a_database_of_a_newer_release_is_a_configuration_error(tmp_path: 
     database.close()
 
 
-async def test_a_known_key_opens_nothing_once_the_database_cannot_be_read(store: SQLiteKeyStore, database: ConfigDatabase) -> None:
+async def test_a_known_key_opens_nothing_once_the_database_cannot_be_read(
+    store: SQLiteKeyStore, database: ConfigDatabase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(commit_mark, "STALE", 0.0)  # the moment at which it is asked
     await store.add(key(), digest_of(1))
     assert opens(await store.find(digest_of(1), now=NOW))
     database._watch.get().close()

@@ -12,7 +12,13 @@ ROOT = Path(__file__).parents[1] / PACKAGE
 # Layers from the ground up: rooms of one layer do not see each other, a room sees itself and every layer below.
 LAYERS: tuple[dict[str, set[str]], ...] = (
     {"ground": {"errors", "money", "prices", "types", "accounts", "events", "hints"}},
-    {"protocols": {"protocols"}, "wakeup": {"wakeup"}, "entropy": {"entropy"}, "deadlines": {"deadlines"}},
+    {
+        "protocols": {"protocols"},
+        "wakeup": {"wakeup"},
+        "entropy": {"entropy"},
+        "deadlines": {"deadlines"},
+        "shared_counter": {"shared_counter"},
+    },
     {"wires": {"wires"}},
     {"policy": {"policy"}},
     {

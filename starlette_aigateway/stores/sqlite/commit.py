@@ -24,6 +24,7 @@ from typing import Generic, TypeVar
 
 from ...errors import AIGatewayError, StorageUnavailable
 from ...wakeup import ring_all, wakeup
+from .commit_mark import CommitMark
 from .witness import Identity, Witness
 
 Op = TypeVar("Op")
@@ -57,7 +58,7 @@ class GroupCommit(Generic[Op, Result]):
     """`await commit.run(op)` applies `op` durably. Cancelling the wait does not cancel the operation: shield what has to know.
 
     Opens nothing before the first `run`, and opens anew in a forked child. Raises `StorageUnavailable` when the database cannot be
-    written within `timeout` seconds. With a `witness`, also when it is not the file any more that was opened.
+    written within `timeout` seconds. With a `witness`, also when it is not the file any more that was opened. Commits are told to `mark`.
     """
 
     def __init__(
@@ -69,12 +70,14 @@ class GroupCommit(Generic[Op, Result]):
         lock_file: Path | None = None,
         timeout: float = 5.0,
         witness: Witness | None = None,
+        mark: CommitMark | None = None,
     ) -> None:
         self._connect = connect
         self._apply = apply
         self._name = name
         self._lock_file = lock_file if witness is None else witness.lock_file
         self._witness = witness
+        self._mark = mark
         self._timeout = timeout
         self._pid = os.getpid()
         self._guard = threading.Lock()
@@ -122,7 +125,7 @@ class GroupCommit(Generic[Op, Result]):
         with self._guard:
             if self._writer is None:
                 lock = LockFile(self._lock_file, self._name, self._timeout)
-                self._writer = _Writer(self._connect, self._apply, self._name, lock, self._witness)
+                self._writer = _Writer(self._connect, self._apply, self._name, lock, self._witness, self._mark)
             self._writer.put(waiters)
 
     def _forget_parent(self) -> None:
@@ -139,10 +142,17 @@ class _Writer(Generic[Op, Result]):
     """The thread, its queue and its connection. None in the queue ends it."""
 
     def __init__(
-        self, connect: Callable[[], sqlite3.Connection], apply: Apply[Op, Result], name: str, lock: LockFile, witness: Witness | None
+        self,
+        connect: Callable[[], sqlite3.Connection],
+        apply: Apply[Op, Result],
+        name: str,
+        lock: LockFile,
+        witness: Witness | None,
+        mark: CommitMark | None,
     ) -> None:
         self.lock = lock
         self._witness = witness
+        self._mark = mark
         self._identity: Identity = None
         self._unnoted_since: float | None = None
         self._connect = connect
@@ -202,6 +212,8 @@ class _Writer(Generic[Op, Result]):
         with self.lock:
             self._take(batch)
             outcomes = self._commit_or_isolate(connection, [waiter.op for waiter in batch])
+        if self._mark is not None:
+            self._mark.wait()
         if self._witness is not None and self._unnoted_since is None:
             self._unnoted_since = time.monotonic()
         return outcomes
@@ -210,6 +222,8 @@ class _Writer(Generic[Op, Result]):
         if self._connection is None:
             self._connection = self._connect()
             self._identity = None if self._witness is None else self._witness.identity()
+            if self._mark is not None:
+                self._mark.open()
         elif self._witness is not None and self._witness.identity() != self._identity:
             raise StorageUnavailable(f"the file of the {self._name} store was removed or replaced while it was in use", retry_after=1.0)
         return self._connection
@@ -247,12 +261,22 @@ class _Writer(Generic[Op, Result]):
             outcomes = self._apply(connection, ops)
             if len(outcomes) != len(ops):
                 raise RuntimeError(f"{len(ops)} operations gave {len(outcomes)} results")
-            connection.execute("COMMIT")
+            self._end(connection)
         except BaseException:
             if connection.in_transaction:
                 connection.execute("ROLLBACK")
             raise
         return outcomes
+
+    def _end(self, connection: sqlite3.Connection) -> None:
+        if self._mark is None:
+            connection.execute("COMMIT")
+            return
+        self._mark.begin()
+        try:
+            connection.execute("COMMIT")
+        finally:
+            self._mark.end()
 
     def _disconnect(self) -> None:
         """The lock file may be another one by now as well."""
