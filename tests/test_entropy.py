@@ -3,7 +3,7 @@
 import os
 import threading
 
-from starlette_aigateway.entropy import POOL, Pool
+from starlette_aigateway.entropy import OF_AN_ID, POOL, Pool
 
 
 def test_bytes_are_given_once_over_refills_and_threads() -> None:
@@ -11,15 +11,15 @@ def test_bytes_are_given_once_over_refills_and_threads() -> None:
     taken: list[bytes] = []
 
     def take() -> None:
-        taken.extend(pool(10) for _ in range(POOL))
+        taken.extend(pool(OF_AN_ID) for _ in range(10 * POOL))
 
     threads = [threading.Thread(target=take) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert {len(one) for one in taken} == {10}
-    assert len(set(taken)) == len(taken) == 4 * POOL
+    assert {len(one) for one in taken} == {OF_AN_ID}
+    assert len(set(taken)) == len(taken) == 4 * 10 * POOL
 
 
 def test_more_than_a_pool_is_given_at_once() -> None:
@@ -28,15 +28,15 @@ def test_more_than_a_pool_is_given_at_once() -> None:
 
 def test_a_forked_child_gives_other_bytes_than_its_parent() -> None:
     pool = Pool(os.urandom)
-    pool(10)
+    pool(OF_AN_ID)
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
-        os.write(writing, pool(10))
+        os.write(writing, pool(OF_AN_ID))
         os._exit(0)
     os.close(writing)
     os.waitpid(child, 0)
-    theirs = os.read(reading, 10)
+    theirs = os.read(reading, OF_AN_ID)
     os.close(reading)
-    assert len(theirs) == 10
-    assert theirs != pool(10)
+    assert len(theirs) == OF_AN_ID
+    assert theirs != pool(OF_AN_ID)
