@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any, TypeAlias, Unpack
 
@@ -106,9 +106,9 @@ class Administration(Bookkeeping):
         await self.ready()
         return await self._holder(digest)
 
-    async def _authenticate_ready(self, raw_key: str) -> Principal:
+    def _authenticate_ready(self, raw_key: str) -> Awaitable[Principal]:
         """The same, for whoever has seen to it that the gateway is `ready`."""
-        return await self._holder(self._checked_digest(raw_key))
+        return self._holder(self._checked_digest(raw_key))
 
     async def _holder(self, digest: bytes) -> Principal:
         now = self._clock()

@@ -83,11 +83,11 @@ class Door:
                 await self._slow_down(connection)
             raise
 
-    async def caller(self, connection: HTTPConnection) -> Principal:
+    def caller(self, connection: HTTPConnection) -> Awaitable[Principal]:
         """`principal`, of a request to the gateway's own routes: a page of another site may not spend by its visitor's login. Raises
         `PermissionDenied`."""
         self._origins.check(connection)
-        return await self.principal(connection)
+        return self.principal(connection)
 
     async def _slow_down(self, connection: HTTPConnection) -> None:
         """Counts a failed login of this address. A valid credential never comes here, so none is ever refused for it."""

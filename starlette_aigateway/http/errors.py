@@ -117,9 +117,8 @@ def window_headers(states: Sequence[WindowState]) -> list[Header]:
             if state.claim.kind == kind and (tightest is None or state.remaining < tightest.remaining):
                 tightest = state
         if tightest is not None:
-            headers.append((limit, b"%d" % tightest.claim.limit))
-            headers.append((remaining, b"%d" % tightest.remaining))
-            headers.append((reset, f"{math.ceil(tightest.reset_after * 1000) / 1000:g}s".encode()))
+            seconds = math.ceil(tightest.reset_after * 1000) / 1000
+            headers += ((limit, b"%d" % tightest.claim.limit), (remaining, b"%d" % tightest.remaining), (reset, b"%gs" % seconds))
     return headers
 
 

@@ -69,13 +69,13 @@ class Exchange(Struct, kw_only=True):
         announced = self.header(b"content-length") or ""
         return bodies.decode_object(await bodies.read(self.receive, announced, self.max_body_bytes, self.receive_seconds))
 
-    async def complete(self, request: CompletionRequest, options: CallOptions) -> Served:
+    def complete(self, request: CompletionRequest, options: CallOptions) -> Awaitable[Served]:
         """A whole answer. Where a client that leaves is to end its call, somebody has to look for it; otherwise the call goes on to its
         end, and it is enough that it looks before another attempt. Raises `ClientLeft`."""
         pipeline = self.pipeline
         if pipeline.ends_with_its_caller:
-            return await while_present(self.receive, lambda: pipeline.complete(self.principal, request, options, self.request_id))
-        return await pipeline.complete(self.principal, request, options, self.request_id)
+            return while_present(self.receive, lambda: pipeline.complete(self.principal, request, options, self.request_id))
+        return pipeline.complete(self.principal, request, options, self.request_id)
 
     async def present(self) -> bool:
         return await present(self.receive)
