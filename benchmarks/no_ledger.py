@@ -71,6 +71,9 @@ class NoLedger:
     async def prune(self, before: float) -> int:
         return 0
 
+    async def roll_up(self, before: float) -> int:
+        return 0
+
     async def budgets(self, scopes: Mapping[str, Caps | None], *, now: float) -> Sequence[Budget]:
         return ()
 

@@ -32,6 +32,7 @@ from .http.sse import EventStream, EventStreamResponse
 from .middleware import AIGatewayMiddleware
 from .policy.caching import CachePolicy
 from .policy.idempotency import IdempotencyPolicy
+from .policy.retention import Retention
 from .policy.routing import RetryPolicy
 from .quotes import Quote, QuotedTarget
 from .streams import AnswerStream
@@ -100,6 +101,7 @@ __all__ = [
     "QuotedTarget",
     "RateLimitExceeded",
     "RequestError",
+    "Retention",
     "RetryPolicy",
     "SpendCapExceeded",
     "SpendCapHeld",

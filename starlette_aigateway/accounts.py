@@ -252,12 +252,16 @@ class UsageGroup(Struct, frozen=True, kw_only=True):
 
 
 class UsageReport(Struct, frozen=True, kw_only=True):
-    """Totals and groups are over everything that the filters match; `data` is one page of records."""
+    """Totals and groups are over everything that the filters match; `data` is one page of records.
+
+    `rolled_up_before` is the midnight (UTC, Unix seconds) before which records may be rolled up: they are in totals and groups, and not in
+    `data`, and count as at the midnight that their day began with. So a `since` or `until` before it means the next midnight."""
 
     totals: UsageTotals
     groups: Sequence[UsageGroup]
     data: Sequence[UsageRecord]
     next_cursor: str | None
+    rolled_up_before: float | None = None
 
     @property
     def has_more(self) -> bool:

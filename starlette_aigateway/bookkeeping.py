@@ -25,6 +25,7 @@ from .money import Money
 from .policy import keys as key_policy
 from .policy.budgets import check_credit
 from .policy.defaults import with_defaults
+from .policy.retention import SHORTEST
 from .protocols import Clock, KeyStore, Ledger, PriceStore, PromptStore, TenantStore
 from .trail import HOST, Trail
 from .types import KEY_ID_PREFIX, Caps, Key, Limits, Principal, Tenant, check_id, utc
@@ -91,7 +92,9 @@ class Bookkeeping:
         limit: int = 100,
         cursor: str | None = None,
     ) -> UsageReport:
-        """Totals and groups over what the filters match, and one page of records, newest first. The range is half-open."""
+        """Totals and groups over what the filters match, and one page of records, newest first. The range is half-open. Where records were
+        rolled up (`retention=`, `prune_usage`) the report says before which midnight: there a range counts by whole UTC days, each as at
+        its midnight, and pages have no records."""
         for name, value in (("principal", principal), ("tenant", tenant), ("key_id", key_id), ("model", model), ("cursor", cursor)):
             if not isinstance(value, str | None):
                 raise InvalidArgument(f"{name} must be a string, not {type(value).__name__}", param=name)
@@ -294,6 +297,16 @@ class Bookkeeping:
             raise InvalidArgument("before must be a moment in the past", param="before")
         await self.ready()
         return await self._ledger.prune(moment)
+
+    async def prune_usage(self, before: datetime) -> int:
+        """Replaces the usage records of the UTC days that ended by `before` by their sums, and prunes the ledger's entries that belong to
+        them: what `retention=` does by itself. They stay in the totals and groups of `usage`, by whole days, and are gone from its pages.
+        What may still be adjusted stays. Gives the number of records that are gone. Runs beside calls, in turns of some milliseconds."""
+        moment = _seconds(before, "before")
+        if moment is None or moment > self._clock() - SHORTEST.total_seconds():
+            raise InvalidArgument("before must be a moment at least a day ago", param="before")
+        await self.ready()
+        return await self._ledger.roll_up(moment)
 
 
 def page_size(limit: Any) -> int:

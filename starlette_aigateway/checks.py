@@ -12,6 +12,7 @@ from .errors import ConfigurationError
 from .http.questions import check_function
 from .policy.caching import CachePolicy
 from .policy.idempotency import IdempotencyPolicy
+from .policy.retention import Retention
 from .policy.routing import RetryPolicy
 from .types import ImageTokens, Limits, Timeouts, check_id
 
@@ -114,6 +115,7 @@ CHECKS: Mapping[str, Check] = MappingProxyType(
         "idempotency": optional(seam(protocols.IdempotencyStore)),
         "idempotency_policy": optional(made_of(IdempotencyPolicy)),
         "audit_store": optional(seam(protocols.AuditStore)),
+        "retention": optional(made_of(Retention)),
         "retries": optional(made_of(RetryPolicy)),
         "public_prices": truth,
         "default_max_tokens": optional(positive),

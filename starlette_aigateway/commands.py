@@ -32,7 +32,7 @@ from .stores.sqlite.ledger_schema import SCHEMA as LEDGER_SCHEMA
 from .stores.sqlite.ledger_schema import Prices
 from .stores.sqlite.ledger_usage import MAX_PAGE, UsageReader
 from .stores.sqlite.witness import noted
-from .types import Caps
+from .types import Caps, rfc3339, utc
 
 FOUND, UNREADABLE, INTERRUPTED = 1, 2, 130
 PIPE_WIDTH = 240
@@ -97,6 +97,7 @@ def _checked(figures: LedgerFigures, findings: Sequence[Finding], seconds: float
         "entries": figures.entries,
         "open_holds": figures.open_holds,
         "records": figures.records,
+        "rolled_up_records": figures.rolled_up,
         "spent_usd": money.text(money.dollars(figures.spent)),
         "seconds": seconds,
     }
@@ -106,8 +107,13 @@ def _summary(figures: LedgerFigures, findings: Sequence[Finding], seconds: float
     verdict = f"{len(findings)} finding{'s' if len(findings) > 1 else ''}" if findings else "everything adds up"
     return (
         f"{verdict}: {figures.entries} entries, {figures.open_holds} holds open, {figures.records} records, "
+        f"{_rolled_up(figures)}"
         f"{money.text(money.dollars(figures.spent))} USD spent; {seconds:.1f} s"
     )
+
+
+def _rolled_up(figures: LedgerFigures) -> str:
+    return f"{figures.rolled_up} more rolled up, " if figures.rolled_up else ""
 
 
 @contextmanager
@@ -193,9 +199,15 @@ def usage(data_dir: Path, group_by: str, as_json: bool, as_csv: bool, **filters:
 
 def _print_usage(read: Callable[[str | None], UsageReport], names: Sequence[str], *, as_json: bool, as_csv: bool) -> None:
     report = read(None)
+    if report.rolled_up_before is not None:
+        click.echo(
+            f"Records before {rfc3339(utc(report.rolled_up_before))} may be rolled up: totals and groups have them by whole days (UTC), "
+            "the list of records does not.",
+            err=True,
+        )
     if as_json:
         body = shapes.usage_report(report)
-        _print_json({name: body[name] for name in ("totals", "groups")})
+        _print_json({name: body[name] for name in ("totals", "groups", "rolled_up_before")})
     elif as_csv and names:
         sys.stdout.write(sheets.groups(report, names))
     elif as_csv:

@@ -37,10 +37,12 @@ from .policy.caching import CachePolicy
 from .policy.estimate import MIN_OUTPUT_TOKENS
 from .policy.idempotency import IdempotencyPolicy
 from .policy.pricing import ConfiguredPrices, PriceBook
+from .policy.retention import Retention
 from .policy.routing import RetryPolicy
 from .protocols import AuditStore, Clock, IdempotencyStore, KeyStore, Ledger, Observer, PriceStore, PromptStore, ResponseCache, TenantStore
 from .providers.simple import RegisteredProvider, adapt
 from .public_prices import PublicPrices
+from .retention import Retainer
 from .services import Services
 from .settings import MAX_BODY_BYTES
 from .trail import Trail
@@ -82,6 +84,7 @@ class Composition(Administration):
         idempotency: IdempotencyStore | None = None,
         idempotency_policy: IdempotencyPolicy | None = None,
         audit_store: AuditStore | None = None,
+        retention: Retention | None = None,
         retries: RetryPolicy | None = None,
         public_prices: bool = False,
         default_max_tokens: int | None = None,
@@ -138,10 +141,11 @@ class Composition(Administration):
             patience=timeouts.settle + 2 * timeouts.storage,
         )
         self.outbox = Outbox(self.ledger, clock, self.observers.emit, patience=2 * timeouts.storage)
-        self.lifecycle = Lifecycle(self._start, self.background, self.outbox, self.observers, settle=timeouts.settle)
         self.responses: ResponseCache = responses or embedded.responses()
         self._storage: Storage = windows or embedded.windows()
         self._idempotency: IdempotencyStore = idempotency or embedded.idempotency()
+        retainer = Retainer(self.ledger, self._idempotency, retention or Retention(), clock=clock, random=random)
+        self.lifecycle = Lifecycle(self._start, self.background, self.outbox, self.observers, retainer, settle=timeouts.settle)
         limiter = Limiter(self._storage, clock=clock, fail_open=limiter_fail_open)
         for provider in providers:
             self.register_provider(provider)

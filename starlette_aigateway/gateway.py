@@ -41,7 +41,7 @@ class AIGateway(Administration):
     `providers` are tried in order. `data_dir` holds keys, ledger, windows, prompts and cache of one host; each may be replaced by
     a store of your own (`keys`, `tenants`, `price_store`, `prompts`, `ledger`, `responses`, `windows`, `idempotency`,
     `audit_store`); with all of them no `data_dir` is needed. `idempotency_policy` says how long, and up to which size, answers are kept for
-    repeated idempotency keys.
+    repeated idempotency keys; `retention`, after how long usage records are rolled up to their daily sums (never, if not given).
     `prices` are USD per million tokens, by model or `(provider, model)`; `public_prices=True` adds those of the extra `prices`.
     `limits` hold for the gateway as a whole, `default_limits` for principals and keys that bring none.
 

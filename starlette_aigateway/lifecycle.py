@@ -18,6 +18,7 @@ from .background import Background
 from .errors import AIGatewayError, StorageUnavailable
 from .observing import Observers
 from .outbox import Outbox
+from .retention import Retainer
 from .wakeup import Turn
 
 Start: TypeAlias = Callable[[AsyncExitStack], Awaitable[None]]
@@ -28,11 +29,14 @@ class Lifecycle:
     """`start` opens everything and pushes onto the stack what has to be closed; it runs once per process, after fork. At the end, what the
     ledger has not taken yet is tried for `settle` seconds more."""
 
-    def __init__(self, start: Start, background: Background, outbox: Outbox, observers: Observers, *, settle: float) -> None:
+    def __init__(
+        self, start: Start, background: Background, outbox: Outbox, observers: Observers, retainer: Retainer, *, settle: float
+    ) -> None:
         self._start = start
         self._background = background
         self._outbox = outbox
         self._observers = observers
+        self._retainer = retainer
         self._settle = settle
         self._pid: int | None = None
         self._open = AsyncExitStack()
@@ -79,6 +83,7 @@ class Lifecycle:
             async with self._background.owner() as group:
                 group.start_soon(self._observers.work)
                 group.start_soon(self._outbox.work)
+                group.start_soon(self._retainer.work)
                 try:
                     yield
                 finally:

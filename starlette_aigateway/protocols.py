@@ -179,6 +179,11 @@ class Ledger(Protocol):
         """Replaces what the audit needs of holds that were settled for good before `before` by its sums. Balances and usage records stay
         as they are. Gives the number of entries that are gone."""
 
+    async def roll_up(self, before: float) -> int:
+        """Replaces the usage records of the UTC days that ended by `before` by their sums, and prunes what belongs to them; whatever may
+        still be adjusted stays. Totals and groups of `usage` over whole days stay as they are. A hold whose record is gone is unknown,
+        so `before` is further back than anybody asks twice for. Gives the number of records that are gone."""
+
     async def check(self) -> Sequence[Finding]:
         """Verifies the invariants over everything stored; empty when they hold."""
 

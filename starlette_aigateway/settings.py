@@ -16,6 +16,7 @@ from .http.door import AuthorizeAdmin, ResolvePrincipal
 from .policy.caching import CachePolicy
 from .policy.idempotency import IdempotencyPolicy
 from .policy.pricing import ConfiguredPrices
+from .policy.retention import Retention
 from .policy.routing import RetryPolicy
 from .protocols import AuditStore, Clock, IdempotencyStore, KeyStore, Ledger, Observer, PriceStore, PromptStore, ResponseCache, TenantStore
 from .types import (
@@ -51,6 +52,7 @@ class SettingFields(TypedDict, total=False):
     idempotency: IdempotencyStore | None
     idempotency_policy: IdempotencyPolicy | None
     audit_store: AuditStore | None
+    retention: Retention | None
     retries: RetryPolicy | None
     public_prices: bool
     default_max_tokens: int | None

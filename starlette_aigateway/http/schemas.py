@@ -309,6 +309,12 @@ def _audit() -> dict[str, Schema]:
     return {"AdminAction": closed(action), "AdminActionList": page_of("AdminAction")}
 
 
+ROLLED_UP = (
+    "before this midnight (UTC) records may be rolled up: they are in totals and groups, and not in `data`, and each of their days counts "
+    "as at its own midnight, so that a `since` or `until` before this means the next midnight"
+)
+
+
 def _usage() -> dict[str, Schema]:
     totals: dict[str, Schema] = {"calls": COUNT, "cached_calls": COUNT, "input_tokens": COUNT, "output_tokens": COUNT, "cost_usd": USD}
     outcomes = ("completed", "estimated", "ambiguous", "overrun", "expired", "cached", "released", "adjusted")
@@ -345,6 +351,7 @@ def _usage() -> dict[str, Schema]:
                 "data": array(ref("UsageRecord")),
                 "has_more": TRUTH,
                 "next_cursor": maybe(TEXT),
+                "rolled_up_before": maybe({**MOMENT, "description": ROLLED_UP}),
             }
         ),
         **_prices(),

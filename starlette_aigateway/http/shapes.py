@@ -272,4 +272,5 @@ def usage_report(value: UsageReport) -> dict[str, Any]:
         "data": [record(one) for one in value.data],
         "has_more": value.has_more,
         "next_cursor": value.next_cursor,
+        "rolled_up_before": None if value.rolled_up_before is None else rfc3339(utc(value.rolled_up_before)),
     }

@@ -47,6 +47,11 @@ def periods_of(day: int) -> Periods:
     return Periods(text, text[:7])
 
 
+def day_from(name: str) -> int:
+    """The `day_number` of a day as `Periods.day` names it."""
+    return date.fromisoformat(name).toordinal() - EPOCH_ORDINAL
+
+
 def periods_from(day: str) -> Periods:
     """The periods of a day as `Periods.day` names it."""
     return Periods(day, day[:7])

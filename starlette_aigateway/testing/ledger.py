@@ -42,6 +42,7 @@ from .ledger_kit import (
     refused,
 )
 from .ledger_limits import CreditContract, PruneContract, ReportOnlyContract, ThresholdContract
+from .ledger_rollups import RollUpContract
 
 
 class PeriodContract:
@@ -188,5 +189,6 @@ class LedgerContract(
     ThresholdContract,
     ReportOnlyContract,
     PruneContract,
+    RollUpContract,
 ):
     """All of it. See the module's docstring for the fixtures."""

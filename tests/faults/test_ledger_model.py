@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from starlette_aigateway.accounts import GATEWAY_SCOPE, HoldRequest, ScopeClaim
+from starlette_aigateway.accounts import GATEWAY_SCOPE, HoldRequest, ScopeClaim, UsageQuery
 from starlette_aigateway.errors import AIGatewayError, SpendCapExceeded, SpendCapHeld, TooManyParallelRequests
 from starlette_aigateway.events import BudgetReached
 from starlette_aigateway.policy.budgets import THRESHOLDS, Periods, day_number, periods_of
@@ -59,18 +59,26 @@ class Given:
 class Model:
     def __init__(self) -> None:
         self.holds: dict[str, Held] = {}
+        self.forgotten: list[Held] = []
         self.caps: dict[str, Caps] = {}
         self.credits: dict[str, Given] = {}
         self.latest_day = 0
 
     def spent(self, scope: str, period: str) -> int:
-        return sum(hold.booked for hold in self.holds.values() if hold.counts_in(scope, period))
+        return sum(hold.booked for hold in [*self.holds.values(), *self.forgotten] if hold.counts_in(scope, period))
 
     def held(self, scope: str, period: str) -> int:
         return sum(hold.amount for hold in self.holds.values() if hold.state == "open" and hold.counts_in(scope, period))
 
     def open(self, scope: str) -> int:
         return sum(hold.state == "open" and hold.counts_in(scope, "") for hold in self.holds.values())
+
+    def forget(self, known: set[str], today: int) -> None:
+        """All but the `known` were rolled up: they stay spent, and their names may be given again."""
+        for name in {name for name, hold in self.holds.items() if hold.state != "open"} - known:
+            hold = self.holds.pop(name)
+            assert (hold.state, hold.day < today) == ("resolved", True)
+            self.forgotten.append(hold)
 
     def expire(self, now: float, *, but: set[str]) -> set[str]:
         due = {name for name, hold in self.holds.items() if hold.state == "open" and hold.expires_at <= now} - but
@@ -270,6 +278,14 @@ class LedgerMachine(RuleBasedStateMachine):
     @rule(age=st.floats(0, 200_000), which=st.integers(0, 1))
     def prune(self, age: float, which: int) -> None:
         self.portal.call(self.ledgers[which].prune, self.now - age)
+
+    @rule(age=st.floats(0, 200_000), which=st.integers(0, 1))
+    def roll_up(self, age: float, which: int) -> None:
+        before = self.now - age
+        self.portal.call(self.ledgers[which].roll_up, before)
+        report = self.portal.call(self.ledgers[1 - which].usage, UsageQuery(limit=1000))
+        self.model.forget({record.id for record in report.data}, day_number(before))
+        assert report.totals.cost == sum(hold.booked for hold in [*self.model.holds.values(), *self.model.forgotten])
 
     @rule(step=st.floats(-90_000, 90_000))
     def step_the_clock(self, step: float) -> None:

@@ -19,6 +19,7 @@ from .witness import shortfall
 
 FIGURES: Final = """
 SELECT (SELECT count(*) FROM entries), (SELECT count(*) FROM holds WHERE expired = 0), (SELECT count(*) FROM usage),
+  (SELECT coalesce(sum(records), 0) FROM rollups),
   (SELECT coalesce(sum(spent), 0) FROM balances WHERE scope = ? AND period = '')
 """
 
@@ -26,11 +27,13 @@ VERSION: Final = "SELECT user_version, (SELECT count(*) FROM sqlite_schema) FROM
 
 
 class LedgerFigures(Struct, frozen=True, kw_only=True):
-    """How much is in a ledger. `spent` is what the gateway as a whole has spent in its lifetime, in nano-USD."""
+    """How much is in a ledger. `rolled_up` counts the records that are only there as sums. `spent` is what the gateway as a whole has spent
+    in its lifetime, in nano-USD."""
 
     entries: int
     open_holds: int
     records: int
+    rolled_up: int
     spent: int
 
 
@@ -75,8 +78,8 @@ def missing(connection: sqlite3.Connection, name: str, known: int | None) -> lis
 
 
 def ledger_figures(connection: sqlite3.Connection) -> LedgerFigures:
-    entries, open_holds, records, spent = connection.execute(FIGURES, (GATEWAY_SCOPE,)).fetchone()
-    return LedgerFigures(entries=entries, open_holds=open_holds, records=records, spent=spent)
+    entries, open_holds, records, rolled_up, spent = connection.execute(FIGURES, (GATEWAY_SCOPE,)).fetchone()
+    return LedgerFigures(entries=entries, open_holds=open_holds, records=records, rolled_up=rolled_up, spent=spent)
 
 
 def _check_place(path: Path) -> None:

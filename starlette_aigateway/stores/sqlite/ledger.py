@@ -5,16 +5,27 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from time import monotonic
 from types import TracebackType
 from typing import Self
 
+import anyio
 import anyio.to_thread
 import msgspec
 
 from ...accounts import Budget, Credit, Finding, Hold, HoldRequest, Settlement, UsageQuery, UsageRecord, UsageReport
 from ...errors import AIGatewayError, InvalidArgument
 from ...events import BudgetReached
-from ...policy.budgets import THRESHOLDS, check_credit, check_moment, check_request, check_settlement, check_thresholds
+from ...policy.budgets import (
+    SECONDS_PER_DAY,
+    THRESHOLDS,
+    check_credit,
+    check_moment,
+    check_request,
+    check_settlement,
+    check_thresholds,
+    day_number,
+)
 from ...types import Caps, Usage
 from .commit import GroupCommit
 from .connection import Durability, connect, look_for_damage
@@ -37,6 +48,8 @@ from .ledger_ops import (
     Renew,
     Reserve,
     Result,
+    RolledUp,
+    RollUp,
     SetCaps,
     Settle,
     Told,
@@ -45,6 +58,10 @@ from .ledger_schema import LAST_ENTRY, SCHEMA, Prices
 from .ledger_usage import UsageReader
 from .readers import Readers
 from .witness import Witness
+
+OTHERS_SHARE = 3.0
+LONGEST_REST = 0.25
+"""Between two turns of pruning the writer is left to the calls: so many times as long as the turn took, and at most so many seconds."""
 
 REMEDY = (
     "stop the service, see with `aigateway check --data-dir ...` what is left, and put a backup back: what was spent since is then in no"
@@ -193,11 +210,31 @@ class SQLiteLedger:
         check_moment(before, "before")
         entries, start = 0, None
         while True:
-            pruned = await self._run(Prune(before, start))
+            pruned = await self._in_turn(Prune(before, start))
             assert isinstance(pruned, Pruned)
             entries, start = entries + pruned.entries, pruned.start
             if start is None:
                 return entries
+
+    async def roll_up(self, before: float) -> int:
+        check_moment(before, "before")
+        day = day_number(before)
+        while await self.prune(float(day * SECONDS_PER_DAY)):
+            pass  # what lay across two turns lies within one the next time
+        records, start = 0, None
+        while True:
+            rolled_up = await self._in_turn(RollUp(day, start))
+            assert isinstance(rolled_up, RolledUp)
+            records, start = records + rolled_up.records, rolled_up.start
+            if start is None:
+                return records
+
+    async def _in_turn(self, op: Prune | RollUp) -> Outcome:
+        """One of many turns, and the time after it that is the others'."""
+        begun = monotonic()
+        outcome = await self._run(op)
+        await anyio.sleep(min(OTHERS_SHARE * (monotonic() - begun), LONGEST_REST))
+        return outcome
 
     async def set_caps(self, scope: str, caps: Caps) -> None:
         _check_storable(scope)

@@ -33,11 +33,13 @@ from .ledger_ops import (
     Renew,
     Reserve,
     Result,
+    RollUp,
     SetCaps,
     Settle,
     Told,
 )
 from .ledger_prune import prune
+from .ledger_rollups import roll_up
 from .ledger_schema import (
     ADJUSTED,
     NO_USAGE,
@@ -196,6 +198,8 @@ class Batch:
                 return self._end_credit(op)
             case Prune():
                 return prune(self._connection, op)
+            case RollUp():
+                return roll_up(self._connection, op)
             case Ping():
                 self._pinged = True
         return None

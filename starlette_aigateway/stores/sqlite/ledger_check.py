@@ -13,6 +13,7 @@ from ...accounts import GATEWAY_SCOPE, Finding, principal_scope, tenant_scope
 from ...policy.budgets import WINDOWS, Balance, Books, periods_from
 from .ledger_check_meta import check_append_only, read_carried
 from .ledger_check_records import FOREIGN, check_records
+from .ledger_check_rollups import check_rollups
 from .ledger_schema import Limit
 
 ENTRIES: Final = """
@@ -75,6 +76,7 @@ def audit(connection: sqlite3.Connection, progress: Progress | None = None) -> l
     findings.extend(_balances(connection, replay.books))
     findings.extend(_holds(connection, replay))
     findings.extend(_credits(connection, replay))
+    findings.extend(check_rollups(connection))
     findings.extend(check_records(connection, None if progress is None else lambda records: progress(seen + records)))
     return findings
 

@@ -33,7 +33,11 @@ BOOKED: Final = """
 SELECT coalesce(sum(CASE kind WHEN 'carry' THEN CAST(scopes AS INTEGER) ELSE 1 END), 0), coalesce(sum(amount), 0) FROM entries
 WHERE kind IN ('settle', 'release', 'expire', 'adjust') OR (kind = 'carry' AND hold = '')
 """
-RECORDED: Final = "SELECT count(*), coalesce(sum(cost), 0) FROM usage WHERE outcome <> 'cached'"
+RECORDED: Final = """
+SELECT coalesce(sum(records), 0), coalesce(sum(cost), 0) FROM (
+  SELECT count(*) AS records, sum(cost) AS cost FROM usage WHERE outcome <> 'cached'
+  UNION ALL SELECT sum(records), sum(cost) FROM rollups WHERE outcome <> 'cached')
+"""
 COSTLY_HITS: Final = "SELECT id, cost FROM usage WHERE outcome = 'cached' AND cost <> 0"
 BILLED: Final = f"SELECT {USAGE_COLUMNS} FROM usage WHERE outcome IN ('completed', 'overrun', 'estimated', 'ambiguous')"  # noqa: S608  # a constant
 FOREIGN = "holds what no gateway wrote"

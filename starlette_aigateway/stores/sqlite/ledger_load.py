@@ -8,7 +8,7 @@ from typing import Final
 import msgspec
 
 from ...policy.budgets import Periods, day_number, periods_of
-from .ledger_ops import AddCredit, EndCredit, Expire, Op, Ping, Prune, Record, Release, Renew, Reserve, SetCaps, Settle
+from .ledger_ops import AddCredit, EndCredit, Expire, Op, Ping, Prune, Record, Release, Renew, Reserve, RollUp, SetCaps, Settle
 from .ledger_schema import HoldFacts, RunningCredit, as_json
 
 DUE_IN_PASSING = 32
@@ -74,7 +74,7 @@ class Touched:
                 case Expire():
                     self.now = max(self.now, op.now)
                     self.expiring = True
-                case SetCaps() | AddCredit() | EndCredit() | Prune() | Ping():
+                case SetCaps() | AddCredit() | EndCredit() | Prune() | RollUp() | Ping():
                     pass
         self.parameters = {
             "holds": as_json(reserving + list(self.resolving)),

@@ -75,6 +75,20 @@ class Pruned(Struct, frozen=True):
     start: int | None
 
 
+class RollUp(Struct, frozen=True):
+    """Rolls up records of days before `day` (days since 1970), out of a bounded number from `start` on (a row number)."""
+
+    day: int
+    start: int | None
+
+
+class RolledUp(Struct, frozen=True):
+    """How many records were rolled up, and where the next `RollUp` starts; None: there is nothing behind."""
+
+    records: int
+    start: int | None
+
+
 class Ping(Struct, frozen=True):
     """Writes something of no meaning."""
 
@@ -86,6 +100,6 @@ class Told(Struct, frozen=True):
     reached: Sequence[BudgetReached]
 
 
-Op: TypeAlias = Reserve | Settle | Release | Renew | Record | Expire | SetCaps | AddCredit | EndCredit | Prune | Ping
-Outcome: TypeAlias = Hold | UsageRecord | Sequence[UsageRecord] | Credit | Pruned | bool | None
+Op: TypeAlias = Reserve | Settle | Release | Renew | Record | Expire | SetCaps | AddCredit | EndCredit | Prune | RollUp | Ping
+Outcome: TypeAlias = Hold | UsageRecord | Sequence[UsageRecord] | Credit | Pruned | RolledUp | bool | None
 Result: TypeAlias = Outcome | Told

@@ -95,11 +95,20 @@ INSERT INTO meta VALUES ('rolled_up', 0);
 """,
 )
 
+SUMMED: Final = (
+    "input_tokens", "output_tokens", "cache_read_input_tokens", "cache_creation_input_tokens", "cache_creation_1h_input_tokens",
+    "reasoning_output_tokens", "cost",
+)  # fmt: skip
+"""What a rollup sums up; also what no report shows yet, since it cannot be had later."""
+
+ROLLED_UP: Final = "rolled_up"
+
 LAST_ENTRY: Final = "SELECT coalesce(max(seq), 0) FROM entries"
 """It never falls: pruning leaves the last entry of all."""
 
 SEQ_BITS = 20
 SEQ_STEP = 1 << SEQ_BITS
+DAY_STEP = 1 << 32
 ADJUSTED = ".adjust"
 """What the id of an `adjusted` record has after the hold's."""
 
@@ -160,6 +169,11 @@ NO_USAGE = Usage(input_tokens=0, output_tokens=0)
 def seq_base(created_at: float) -> int:
     """The first row number of the millisecond that `created_at` (Unix seconds) lies in."""
     return int(created_at * 1000) << SEQ_BITS
+
+
+def day_base(day: int) -> int:
+    """The first row number of a rollup of `day`, in days since 1970."""
+    return day * DAY_STEP
 
 
 class Prices:
