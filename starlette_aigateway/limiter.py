@@ -41,6 +41,16 @@ class SharedWindows(Protocol):
     async def adjust(self, deltas: Sequence[tuple[WindowClaim, int]], *, charged_at: float | None = None) -> None: ...
 
 
+@runtime_checkable
+class CorrectedSoon(Protocol):
+    """What a storage may offer besides: a correction that nobody waits for, in the order of what the event loop asks. `failed` is called
+    from any thread."""
+
+    def adjust_soon(
+        self, deltas: Sequence[tuple[WindowClaim, int]], *, charged_at: float | None = None, failed: Callable[[BaseException], None]
+    ) -> None: ...
+
+
 class ClaimItem(RateLimitItemPerSecond):
     """A claim as a limit of `limits`. Its key leaves the amount out: a changed limit keeps what was used."""
 
@@ -60,6 +70,7 @@ class Limiter:
 
     def __init__(self, storage: Storage, *, clock: Clock, fail_open: bool = False) -> None:
         self._windows: SharedWindows = storage if isinstance(storage, SharedWindows) else StrategyWindows(storage, clock)
+        self._soon = storage if isinstance(storage, CorrectedSoon) else None
         self._faults = _faults(storage)
         self._fail_open = fail_open
         self._reported = False
@@ -90,14 +101,21 @@ class Limiter:
 
     async def correct(self, claims: Sequence[WindowClaim], actual_tokens: int, *, admitted_at: float | None = None) -> None:
         """Charges the windows of tokens among `claims` with what was used instead of what was claimed. `admitted_at` (Unix seconds) is
-        when they were taken, so that the right bucket is corrected after a long call. A storage that fails is logged, never raised."""
+        when they were taken, so that the right bucket is corrected after a long call. A storage that fails is logged, never raised. Nobody
+        waits for the default storage to have done it; what is asked of the windows later finds it done."""
         deltas = [(claim, actual_tokens - claim.amount) for claim in claims if claim.kind == "tokens" and claim.amount != actual_tokens]
         if not deltas:
+            return
+        if self._soon is not None:
+            self._soon.adjust_soon(deltas, charged_at=admitted_at, failed=self._uncorrected)
             return
         try:
             await self._windows.adjust(deltas, charged_at=admitted_at)
         except self._faults as error:
-            self._report(error, "tokens stay charged as estimated")
+            self._uncorrected(error)
+
+    def _uncorrected(self, error: BaseException) -> None:
+        self._report(error, "tokens stay charged as estimated")
 
     async def peek(self, claims: Sequence[WindowClaim]) -> Sequence[WindowState]:
         """The windows of `claims` as they are, in the same order; takes nothing. Raises `StorageUnavailable`; empty where the
@@ -120,7 +138,7 @@ class Limiter:
         self._reported = False
         return outcome
 
-    def _report(self, error: Exception, consequence: str) -> None:
+    def _report(self, error: BaseException, consequence: str) -> None:
         """Once for each outage: a call that gets through ends it."""
         if not self._reported:
             self._reported = True

@@ -235,6 +235,25 @@ async def test_runs_that_race_with_closing_are_all_carried_out(store: Store, com
     assert store.stored() == list(range(60))
 
 
+async def test_what_is_told_is_carried_out_in_its_place_and_waited_for_by_nobody(store: Store, commit: GroupCommit[int, int]) -> None:
+    faults: list[BaseException] = []
+    commit.tell(1, faults.append)
+    commit.tell(-2, faults.append)
+    assert store.batches == []
+    await commit.run(3)
+    assert [number for batch in store.batches for number in batch] == [1, -2, 3]
+    assert [type(fault) for fault in faults] == [NotFound]
+    assert store.stored() == [1, 3]
+
+
+async def test_closing_carries_out_what_was_told(store: Store, commit: GroupCommit[int, int]) -> None:
+    faults: list[BaseException] = []
+    commit.tell(1, faults.append)
+    commit.close()
+    assert store.stored() == [1]
+    assert faults == []
+
+
 async def test_a_cancelled_wait_does_not_cancel_the_operation(store: Store, commit: GroupCommit[int, int]) -> None:
     with anyio.CancelScope() as scope:
         scope.cancel()

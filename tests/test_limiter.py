@@ -126,6 +126,14 @@ async def test_tokens_are_corrected_to_what_was_used(limiter: Limiter) -> None:
     assert await remaining(limiter, *claims) == [4, 100, 4100]
 
 
+async def test_a_correction_waits_for_nothing_and_whatever_is_asked_later_finds_it_done(limiter: Limiter) -> None:
+    claims = [tokens(1000, 800)]
+    await limiter.admit(claims)
+    with pytest.raises(StopIteration):
+        limiter.correct(claims, 300).send(None)
+    assert (await limiter.admit([tokens(1000, 600)]))[0].remaining == 100
+
+
 async def test_a_late_correction_is_told_when_the_call_began(limiter: Limiter, clock: FakeClock) -> None:
     began, claims = clock(), [tokens(1000, 800)]
     await limiter.admit(claims)
@@ -181,6 +189,8 @@ async def test_a_correction_never_raises_for_the_storage(
     limiter = Limiter(broken, clock=clock)
     for _ in range(3):
         await limiter.correct([tokens(100, 50)], 10)
+    with pytest.raises(StorageUnavailable):  # which is asked after the corrections, so that they have failed by then
+        await limiter.peek([tokens(100, 50)])
     assert sum("stay charged as estimated" in record.message for record in caplog.records) == 1
 
 

@@ -34,6 +34,9 @@ Apply = Callable[[sqlite3.Connection, Sequence[Op]], Sequence[Result | AIGateway
 """Carries out a batch inside an open transaction: one result or one domain error for each operation, in order. It must not raise
 for a single operation; what it raises rolls back the whole batch. It may be called again for an operation that was rolled back."""
 
+Failed = Callable[[BaseException], None]
+"""Hears in the writer's thread what kept an operation from being carried out; must not raise."""
+
 MAX_BATCH = 256
 """Operations after which a batch takes no more; what one pass of an event loop brings is never divided."""
 NOTE_AFTER = 0.25
@@ -44,12 +47,14 @@ log = logging.getLogger("starlette_aigateway")
 
 
 class Waiter(Generic[Op, Result]):
-    """One operation under way. Filled by the writer thread, read by the event loop after it is woken."""
+    """One operation under way. Filled by the writer thread, read by the event loop after it is woken; or nobody waits for it, and `failed`
+    is called where it was not carried out."""
 
-    __slots__ = ("op", "outcome", "wakeup")
+    __slots__ = ("failed", "op", "outcome", "wakeup")
 
-    def __init__(self, op: Op) -> None:
+    def __init__(self, op: Op, failed: Failed | None = None) -> None:
         self.op = op
+        self.failed = failed
         self.wakeup = wakeup()
         self.outcome: Result | BaseException | None = None
 
@@ -92,6 +97,10 @@ class GroupCommit(Generic[Op, Result]):
         if isinstance(outcome, BaseException):
             raise outcome
         return outcome  # type: ignore[return-value]  # set by _deliver before the wakeup
+
+    def tell(self, op: Op, failed: Failed) -> None:
+        """Applies `op` after what this event loop has asked for before it and before what it asks for later, and waits for nothing."""
+        self._gather(Waiter(op, failed))
 
     def close(self) -> None:
         """Commits what is waiting and ends the thread. A later `run` starts a new one."""
@@ -351,4 +360,6 @@ class LockFile:
 def _deliver(batch: Sequence[Waiter[Op, Result]], outcomes: Sequence[Result | BaseException]) -> None:
     for waiter, outcome in zip(batch, outcomes, strict=True):
         waiter.outcome = outcome
-    ring_all([waiter.wakeup for waiter in batch])
+        if waiter.failed is not None and isinstance(outcome, BaseException):
+            waiter.failed(outcome)
+    ring_all([waiter.wakeup for waiter in batch if waiter.failed is None])

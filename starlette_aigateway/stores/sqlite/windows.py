@@ -270,11 +270,14 @@ class SQLiteWindowStorage(Storage, MovingWindowSupport, SlidingWindowCounterSupp
     async def adjust(self, deltas: Sequence[tuple[WindowClaim, int]], *, charged_at: float | None = None) -> None:
         """Corrects windows of tokens, each by its delta, never below zero. Less is taken out of the bucket that was charged at
         `charged_at` (Unix seconds, None: the current one); more is charged now, whatever the limit."""
-        windows = [_window(*demand_of(claim).window) for claim, _ in deltas]
-        if any(window.form != "sliding" for window in windows):
-            raise InvalidArgument("only windows of tokens can be corrected", param="deltas")
-        amounts = [max(-MAX_WINDOW, min(delta, MAX_WINDOW)) for _, delta in deltas]
-        await self._commit.run(Adjust(windows, amounts, None if charged_at is None else microseconds(charged_at)))
+        await self._commit.run(_adjustment(deltas, charged_at))
+
+    def adjust_soon(
+        self, deltas: Sequence[tuple[WindowClaim, int]], *, charged_at: float | None = None, failed: Callable[[BaseException], None]
+    ) -> None:
+        """As `adjust`, which it does not wait for: whatever the same event loop asks for later finds the windows corrected. `failed` is
+        called from a thread with what kept it from being done."""
+        self._commit.tell(_adjustment(deltas, charged_at), failed)
 
     async def incr(self, key: str, expiry: int, amount: int = 1) -> int:
         """Counts `amount` in the fixed window of `key`, which ends `expiry` seconds after its first hit; gives the count."""
@@ -428,6 +431,14 @@ def _demands(claims: Sequence[WindowClaim]) -> Sequence[Demand]:
     if len({window for window, _, _ in demands}) != len(demands):
         raise InvalidArgument("two claims name the same window", param="claims")
     return demands
+
+
+def _adjustment(deltas: Sequence[tuple[WindowClaim, int]], charged_at: float | None) -> Adjust:
+    windows = [_window(*demand_of(claim).window) for claim, _ in deltas]
+    if any(window.form != "sliding" for window in windows):
+        raise InvalidArgument("only windows of tokens can be corrected", param="deltas")
+    amounts = [max(-MAX_WINDOW, min(delta, MAX_WINDOW)) for _, delta in deltas]
+    return Adjust(windows, amounts, None if charged_at is None else microseconds(charged_at))
 
 
 def _outcome(claims: Sequence[WindowClaim], verdict: Verdict) -> Sequence[WindowState] | Refusal:
