@@ -29,7 +29,8 @@ class ReaderLeft(Exception):  # an event, not a fault
 
 
 class Attempt:
-    """One hold and one call at one target. `settlement` is how it was decided to book it: once, whatever happens then."""
+    """One hold and one call at one target. `output_bound` in tokens is sent, and the hold pays for it; None where nothing has to be
+    bounded. `settlement` is how it was decided to book it: once, whatever happens then."""
 
     def __init__(self, call: Call, offer: Offer, priced: PricedTarget, number: int, hold: Hold, timeouts: Timeouts) -> None:
         self.call = call
@@ -41,14 +42,10 @@ class Attempt:
         self.settlement: Settlement | None = None
         self.waits_for_reader = False
         self._timeouts = timeouts
+        self.output_bound = offer.output_bound(call.request, priced, hold.amount)
         self.timeout = timeout = silence(call, priced, timeouts)
         self._begun = monotonic()
         self._deadline = deadline(timeout)
-
-    @property
-    def output_bound(self) -> int | None:
-        """The output bound in tokens that is sent and that the hold pays for; None where nothing has to be bounded."""
-        return self.offer.output_bound(self.call.request, self.priced, self.hold.amount)
 
     @property
     def kept_bound(self) -> int | None:

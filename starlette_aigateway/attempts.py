@@ -133,8 +133,10 @@ class Attempts:
     async def _next(self, call: Call, offer: Offer, job: Job[Done], failures: Sequence[Failure], unresolved: Hold | None) -> Attempt:
         """The next attempt. The hold of a failed one that charged nothing is released in the same transaction where the next follows at
         once, and before anything else otherwise. Raises the last error when nothing is left to try."""
-        plan = replace(call.plan, targets=offer.plan)
         try:
+            if not failures and not self._circuits:
+                return await self._begin(call, offer, job, offer.targets[0].target, failures, unresolved)
+            plan = replace(call.plan, targets=offer.plan)
             if failures and await self._caller_left(call, job):
                 raise _exhausted(failures[-1].error)
             step = next_step(plan, failures, now=monotonic(), deadline=call.deadline, policy=self._retries, opens_at=self._opens_at)

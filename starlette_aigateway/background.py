@@ -49,7 +49,9 @@ class Job(Generic[T]):
         self.asks: str | None = None
         self.given_up: Callable[[], None] = nothing
         self._done = Latch()
+        self._known = Latch()
         self._value: T
+        self._brought = False
         self._error: BaseException | None = None
         self.abandoned = False
         self.awaited: Callable[[], bool] = nobody
@@ -57,7 +59,7 @@ class Job(Generic[T]):
     async def run(self) -> None:
         try:
             with self._deadline:
-                self._value = await self._work(self)
+                self.tell(await self._work(self))
             if self._deadline.cancelled_caught:
                 self._error = shut_down()
         except Exception as error:  # noqa: BLE001  # the error belongs to whoever waits; a task group must not die of it
@@ -68,6 +70,12 @@ class Job(Generic[T]):
             raise
         finally:
             self.ended()
+
+    def tell(self, value: T) -> None:
+        """What its caller waits for is known: `value`. What is still to be done keeps nobody, and changes nothing of it."""
+        if not self._known.is_set:
+            self._value, self._brought = value, True
+            self._known.set()
 
     def abandon(self) -> None:
         """Its caller has left. What has begun is ended within the grace that there is for it."""
@@ -94,7 +102,7 @@ class Job(Generic[T]):
             log.error("the provider %s does not end when it is cancelled; it is waited for no longer", self.asks)
         self._error = unheard(self.asks)
         self.given_up()
-        self._done.set()
+        self._end()
 
     def critical(self, seconds: float) -> Deadline:
         """For what has to be known to have happened or not: within, being abandoned cancels nothing, and it ends after `seconds` in any
@@ -105,7 +113,11 @@ class Job(Generic[T]):
         """The job's task is over, whether it ever ran or not."""
         if self.abandoned:
             self._drains.ended(self)
+        self._end()
+
+    def _end(self) -> None:
         self._done.set()
+        self._known.set()
 
     @property
     def done(self) -> bool:
@@ -119,11 +131,17 @@ class Job(Generic[T]):
             await self._done.wait()
         self.give_up()
 
+    @property
+    def told(self) -> bool:
+        """Whether nobody has to wait for it any longer."""
+        return self._known.is_set
+
     async def result(self) -> T:
-        await self._done.wait()
-        if self._error is not None:
-            raise self._error
-        return self._value
+        await self._known.wait()
+        if self._brought:
+            return self._value
+        assert self._error is not None, "work that brings nothing has failed"
+        raise self._error
 
 
 def nobody() -> bool:
@@ -248,7 +266,8 @@ class InTask(AbstractAsyncContextManager[Job[T]]):
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._job.done:
             return
-        self._job.abandon()
+        if not self._job.told:
+            self._job.abandon()
         if self._owner is None:
             with anyio.CancelScope(shield=True):
                 await self._job.finished_or_given_up()
@@ -264,7 +283,7 @@ async def _in_group(job: Job[T], owner: Owner | None) -> AsyncIterator[Job[T]]:
         try:
             yield job
         finally:
-            if not job.done:
+            if not job.told:
                 job.abandon()
         return
     left: BaseException | None = None
@@ -275,7 +294,7 @@ async def _in_group(job: Job[T], owner: Owner | None) -> AsyncIterator[Job[T]]:
             yield job
         except BaseException as error:  # noqa: BLE001  # raised below as it came: a task group would wrap it
             left = error
-        if not job.done:
+        if not job.told:
             job.abandon()
     if left is not None:
         raise left

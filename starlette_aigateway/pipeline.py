@@ -247,16 +247,16 @@ class Pipeline:
         if key is None or not (call.options.cache.read and call.options.cache.store) or not self._s.background.shared:
             return self._served(call, await self._run(call, job, lambda job: self._attempt(call, offer, job)))
         flight = self._flights.find(key)
-        if flight is not None:
-            with anyio.move_on_after(call.deadline - monotonic()):
-                await flight.wait()
-            if not flight.landed.is_set:
-                raise ProviderTimeout("an identical call was waited for, and did not end in time", billed="no")
-            if flight.done is not None and flight.done.completion is not None:
-                return await self._serve_joined(call, flight.done)
-            return self._served(call, await self._run(call, job, lambda job: self._attempt(call, offer, job)))
-        flight = self._flights.take_off(key)
-        return self._served(call, await self._run(call, job, lambda job: self._lead(call, offer, flight, job)))
+        if flight is None:
+            flight = self._flights.take_off(key)
+            return self._served(call, await self._run(call, job, lambda job: self._lead(call, offer, flight, job)))
+        with anyio.move_on_after(call.deadline - monotonic()):
+            await flight.wait()
+        if not flight.landed.is_set:
+            raise ProviderTimeout("an identical call was waited for, and did not end in time", billed="no")
+        if flight.done is not None and flight.done.completion is not None:
+            return await self._serve_joined(call, flight.done)
+        return self._served(call, await self._run(call, job, lambda job: self._attempt(call, offer, job)))
 
     def _run(self, call: Call, job: Job[Any] | None, work: Work[Done]) -> Awaitable[Done]:
         """In `job`, where the call already has one."""
@@ -284,6 +284,7 @@ class Pipeline:
             await self.admission.give_tokens_back(call, error)
             raise
         await self._answers.keep(call, done)
+        self._tell_early(job, call, done)
         await self.admission.correct_windows(call, done)
         return done
 
@@ -294,8 +295,14 @@ class Pipeline:
             await self.admission.give_tokens_back(call, error)
             raise
         await self._answers.keep_stream(call, done, relay)
+        self._tell_early(job, call, done)
         await self.admission.correct_windows(call, done)
         return done
+
+    def _tell_early(self, job: Job[Done], call: Call, done: Done) -> None:
+        """The windows are corrected behind an answer. Under an idempotency key, what the job brings is not known yet."""
+        if call.options.idempotency_key is None:
+            job.tell(done)
 
     async def _serve_joined(self, call: Call, done: Done) -> Served:
         completion = done.completion

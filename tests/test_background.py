@@ -175,3 +175,35 @@ async def test_work_that_never_ends_is_given_up_at_its_limit() -> None:
     with anyio.fail_after(5), pytest.raises(NoProviderAvailable):
         await Background(Drains(5)).run(forever, limit=0.05)
     assert ended, "a critical section ends at its own bound"
+
+
+@pytest.mark.parametrize("owned", [True, False])
+async def test_who_was_told_waits_for_nothing_more_where_somebody_else_owns_the_work(owned: bool) -> None:
+    background = Background(Drains(0))
+    go = anyio.Event()
+    seen: list[str] = []
+
+    async def work(job: Job[str]) -> str:
+        job.tell("answer")
+        await go.wait()
+        seen.append("abandoned" if job.abandoned else "to its end")
+        return "too late to change it"
+
+    async def scenario() -> None:
+        async with background.start(work) as job:
+            assert await job.result() == "answer"
+            assert not job.done
+            if not owned:
+                go.set()
+        assert job.done is not owned
+        go.set()
+        await job.finished()
+        assert await job.result() == "answer"
+
+    with anyio.fail_after(5):
+        if owned:
+            async with background.owner():
+                await scenario()
+        else:
+            await scenario()
+    assert seen == ["to its end"]
