@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from typing import Generic, TypeVar
 
 from .wakeup import Wakeup, wakeup
@@ -15,7 +14,7 @@ class Channel(Generic[T]):
     checkpoints costs as much as the rest of the way."""
 
     def __init__(self, size: int) -> None:
-        self._items: deque[T] = deque()
+        self._items: list[T] = []
         self._size = size
         self._reader: Wakeup | None = None
         self._writer: Wakeup | None = None
@@ -43,23 +42,24 @@ class Channel(Generic[T]):
         self._closed = True
         self._wake_reader()
 
-    async def get(self) -> T | None:
-        """The next item; None after the last."""
+    async def take(self) -> list[T]:
+        """All that waits, at least one item; nothing once there will be no more."""
         while not self._items:
             if self._closed:
-                return None
+                break
             self._reader = wakeup()
             await self._reader.wait()
-        item = self._items.popleft()
-        if self._writer is not None:
-            self._writer.ring()
-            self._writer = None
-        return item
+        items, self._items = self._items, []
+        self._wake_writer()
+        return items
 
     def leave(self) -> None:
         """The consumer takes nothing more; what waits is forgotten."""
         self.abandoned = True
         self._items.clear()
+        self._wake_writer()
+
+    def _wake_writer(self) -> None:
         if self._writer is not None:
             self._writer.ring()
             self._writer = None

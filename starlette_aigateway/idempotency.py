@@ -6,7 +6,6 @@ All of it runs inside the call's job (`background.py`), so that it is concluded 
 from __future__ import annotations
 
 import logging
-from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from typing import Any, TypeVar
@@ -227,15 +226,15 @@ class ReplayedStream(AnswerStream):
         self.age = kept.age
         self.lowered_to = kept.lowered_to
         self._kept = kept
-        self._items = deque(_items(kept))
+        self._items = _items(kept)
 
-    async def next_item(self) -> StreamItem | None:
-        if self._items:
-            return self._items.popleft()
-        kept = self._kept
-        self.usage, self.finish_reason, self.model = kept.usage, kept.finish_reason, kept.model
-        self.cost_usd = money.dollars(kept.cost)
-        return None
+    async def next_items(self) -> Sequence[StreamItem]:
+        items, self._items = self._items, ()
+        if not items:
+            kept = self._kept
+            self.usage, self.finish_reason, self.model = kept.usage, kept.finish_reason, kept.model
+            self.cost_usd = money.dollars(kept.cost)
+        return items
 
 
 def _items(kept: KeptAnswer) -> Sequence[StreamItem]:

@@ -174,16 +174,23 @@ class AnswerStream:
         self.cost_usd: Decimal | None = None
         self.finish_reason: str | None = None
         self.model: str | None = None
+        self._undelivered: deque[StreamItem] = deque()
         self._decoded: deque[Chunk] = deque()
 
     @property
     def cached(self) -> bool:
         return self.cache == "hit"
 
-    async def next_item(self) -> StreamItem | None:
-        """The next of the stream as it came, events that nothing has to look at still undecoded; None at its end. Not to be mixed with
-        iteration."""
+    async def next_items(self) -> Sequence[StreamItem]:
+        """All of the stream that has come since it was asked last, as it came, events that nothing has to look at still undecoded; waits
+        for the first, and is empty at its end. Not to be mixed with the other ways to read it."""
         raise NotImplementedError
+
+    async def next_item(self) -> StreamItem | None:
+        """The next of them alone; None at the end. Not to be mixed with iteration."""
+        if not self._undelivered:
+            self._undelivered.extend(await self.next_items())
+        return self._undelivered.popleft() if self._undelivered else None
 
     def __aiter__(self) -> Self:
         return self
@@ -208,12 +215,12 @@ class LiveStream(AnswerStream):
         self._job = job
         self._relay = relay
 
-    async def next_item(self) -> StreamItem | None:
+    async def next_items(self) -> Sequence[StreamItem]:
         """Raises `ProviderError` where the provider failed in mid-stream."""
-        item = await self._relay.channel.get()
-        if item is None:
+        items = await self._relay.channel.take()
+        if not items:
             await self._end()
-        return item
+        return items
 
     async def _end(self) -> None:
         try:
@@ -235,15 +242,15 @@ class StoredStream(AnswerStream):
         super().__init__(request_id=call.request_id, created=call.created, windows=call.windows, provider=stored.provider, cache="hit")
         self.stored = stored
         self.age = age
-        self._items = deque(items)
+        self._items = items
         self._meter = Meter(0)
 
-    async def next_item(self) -> StreamItem | None:
-        if self._items:
-            item = self._items.popleft()
+    async def next_items(self) -> Sequence[StreamItem]:
+        items, self._items = self._items, ()
+        for item in items:
             self._meter.see(item)
-            return item
-        meter = self._meter
-        self.usage, self.finish_reason, self.model = meter.usage, meter.finish_reason, meter.model
-        self.cost_usd = money.dollars(0)
-        return None
+        if not items:
+            meter = self._meter
+            self.usage, self.finish_reason, self.model = meter.usage, meter.finish_reason, meter.model
+            self.cost_usd = money.dollars(0)
+        return items

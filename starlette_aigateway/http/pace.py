@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from time import monotonic
 
-import anyio
 from starlette.types import Message, Send
 
 log = logging.getLogger("starlette_aigateway")
@@ -26,11 +25,10 @@ class Pace:
         finally:
             self._since = None
 
-    async def stalled(self) -> None:
-        """Returns when one `send` has waited for so many seconds, or a quarter of them later."""
-        while True:
-            waited = 0.0 if self._since is None else monotonic() - self._since
-            if waited >= self._seconds:
-                log.info("a client took nothing of its stream for %g seconds; the stream is ended", self._seconds)
-                return
-            await anyio.sleep(min(self._seconds - waited, self._seconds / 4))
+    def left(self) -> float:
+        """Seconds after which to look again, a quarter of the patience at the most; 0 once one `send` has waited for all of it."""
+        waited = 0.0 if self._since is None else monotonic() - self._since
+        if waited >= self._seconds:
+            log.info("a client took nothing of its stream for %g seconds; the stream is ended", self._seconds)
+            return 0.0
+        return min(self._seconds - waited, self._seconds / 4)

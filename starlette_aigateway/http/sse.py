@@ -96,7 +96,7 @@ class EventStreamResponse(Response):
         """`patience` is how many seconds the client may take nothing."""
         self.status_code = 200
         self.background = None
-        self.init_headers(HEADERS | dict(id_headers))
+        self.raw_headers = _encoded(HEADERS | dict(id_headers))
         self.stream: AnswerStream | None = None
         self._open_stream = open_stream
         self._writer = writer
@@ -119,7 +119,7 @@ class EventStreamResponse(Response):
         of the stream, which settles it. What is left unended the server closes."""
         pace = Pace(send, self._patience)
         with suppress(ClientLeft):
-            refusal = await while_present(receive, lambda: self._serve(pace.send), pace.stalled)
+            refusal = await while_present(receive, lambda: self._serve(pace.send), pace)
             if refusal is not None:
                 await refusal(scope, receive, send)
         if self.background is not None:
@@ -149,16 +149,39 @@ class EventStreamResponse(Response):
 
     async def _write(self, stream: AnswerStream, send: Send) -> None:
         writer = self._writer(stream)
-        self.headers.update(stream_headers(stream))
+        self._tell(stream_headers(stream))
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-        try:
-            while (item := await stream.next_item()) is not None:
-                if data := writer.item(item):
-                    await send({"type": "http.response.body", "body": data, "more_body": True})
-            last = writer.end(stream)
-        except AIGatewayError as error:
-            last = writer.error(error)
-        await send({"type": "http.response.body", "body": last, "more_body": False})
+        data, more = await _next_bytes(stream, writer)
+        while more:
+            if data:
+                await send({"type": "http.response.body", "body": data, "more_body": True})
+            data, more = await _next_bytes(stream, writer)
+        await send({"type": "http.response.body", "body": data, "more_body": False})
+
+    def _tell(self, headers: Mapping[str, str]) -> None:
+        told = _encoded(headers)
+        names = {name for name, _ in told}
+        self.raw_headers[:] = [pair for pair in self.raw_headers if pair[0] not in names] + told
+
+
+async def _next_bytes(stream: AnswerStream, writer: Writer) -> tuple[bytes, bool]:
+    """All that has come meanwhile, and whether more may come. An error in mid-stream is the last of what goes out."""
+    parts: list[bytes] = []
+    try:
+        items = await stream.next_items()
+        for item in items:
+            parts.append(writer.item(item))  # noqa: PERF401  # what came before an error is kept
+        if items:
+            return b"".join(parts), True
+        return writer.end(stream), False
+    except AIGatewayError as error:
+        parts.append(writer.error(error))
+        return b"".join(parts), False
+
+
+def _encoded(headers: Mapping[str, str]) -> list[tuple[bytes, bytes]]:
+    """`headers`, whose names are in lower case, as ASGI has them."""
+    return [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
 
 
 class EventStream:
@@ -200,15 +223,9 @@ class EventStream:
     async def _next(self) -> bytes | None:
         if self._ended:
             return None
-        try:
-            item = await self.stream.next_item()
-            if item is not None:
-                return self._writer.item(item)
-            last = self._writer.end(self.stream)
-        except AIGatewayError as error:
-            last = self._writer.error(error)
-        self._ended = True
-        return last
+        data, more = await _next_bytes(self.stream, self._writer)
+        self._ended = not more
+        return data
 
     async def aclose(self) -> None:
         if not self._left:
