@@ -20,7 +20,7 @@ from .composition import Composition
 from .embedded import remove_with, temporary_path
 from .errors import ConfigurationError, InvalidArgument
 from .http.lifespan import Lifespan
-from .http.sse import Dialect, EventStream, EventStreamResponse, writer_of
+from .http.sse import Dialect, EventStream, EventStreamResponse, id_headers, writer_of
 from .observing import Tap
 from .quotes import Quote
 from .settings import STORES, SettingFields, check_settings
@@ -188,7 +188,7 @@ class AIGateway(Administration):
         return EventStreamResponse(
             lambda: self._stream(who, checked, chosen, request_id),
             writer_of(check_dialect(format), checked.model, include_usage),
-            {"x-request-id": request_id, "request-id": request_id},
+            id_headers(request_id),
             patience=self._composition.pipeline.send_seconds,
         )
 

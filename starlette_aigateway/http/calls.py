@@ -14,7 +14,7 @@ from ..wires import openai_chat
 from . import shapes
 from .errors import window_headers
 from .exchange import Exchange
-from .replies import Header, Reply, as_text
+from .replies import Header, Reply
 from .sse import stream_response
 
 
@@ -27,7 +27,7 @@ async def complete(exchange: Exchange) -> Response:
     if call.stream:
         return stream_response(
             exchange.pipeline, exchange.principal, call.request, options, exchange.request_id,
-            wire="native", id_headers=as_text(exchange.id_headers),
+            wire="native", id_headers=exchange.id_headers,
         )  # fmt: skip
     served = await exchange.complete(call.request, options)
     body = msgspec.json.encode(shapes.answer(served.answer, call.request.model))
@@ -41,7 +41,7 @@ async def chat_completions(exchange: Exchange) -> Response:
     if call.stream:
         return stream_response(
             exchange.pipeline, exchange.principal, call.request, options, exchange.request_id,
-            wire="openai", include_usage=call.include_usage, id_headers=as_text(exchange.id_headers),
+            wire="openai", include_usage=call.include_usage, id_headers=exchange.id_headers,
         )  # fmt: skip
     served = await exchange.complete(call.request, options)
     native = served.native

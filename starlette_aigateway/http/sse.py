@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager, suppress
 from decimal import Decimal
 from typing import Literal, Protocol, TypeAlias
@@ -22,11 +22,15 @@ from .bodies import ClientLeft
 from .errors import error_object, error_response, window_headers
 from .pace import Pace
 from .presence import while_present
-from .replies import as_text
+from .replies import Header, as_text
 
 Dialect = Literal["openai", "native"]
 OpenStream: TypeAlias = Callable[[], AbstractAsyncContextManager[AnswerStream]]
-HEADERS = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache", "x-accel-buffering": "no"}
+HEADERS: Sequence[Header] = (
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),
+)
 
 
 class Writer(Protocol):
@@ -91,12 +95,12 @@ class EventStreamResponse(Response):
     """
 
     def __init__(
-        self, open_stream: OpenStream, writer: Callable[[AnswerStream], Writer], id_headers: Mapping[str, str], *, patience: float
+        self, open_stream: OpenStream, writer: Callable[[AnswerStream], Writer], id_headers: Iterable[Header], *, patience: float
     ) -> None:
         """`patience` is how many seconds the client may take nothing."""
         self.status_code = 200
         self.background = None
-        self.raw_headers = _encoded(HEADERS | dict(id_headers))
+        self.raw_headers = [*HEADERS, *id_headers]
         self.stream: AnswerStream | None = None
         self._open_stream = open_stream
         self._writer = writer
@@ -158,10 +162,9 @@ class EventStreamResponse(Response):
             data, more = await _next_bytes(stream, writer)
         await send({"type": "http.response.body", "body": data, "more_body": False})
 
-    def _tell(self, headers: Mapping[str, str]) -> None:
-        told = _encoded(headers)
+    def _tell(self, told: list[Header]) -> None:
         names = {name for name, _ in told}
-        self.raw_headers[:] = [pair for pair in self.raw_headers if pair[0] not in names] + told
+        self.raw_headers[:] = [header for header in self.raw_headers if header[0] not in names] + told
 
 
 async def _next_bytes(stream: AnswerStream, writer: Writer) -> tuple[bytes, bool]:
@@ -179,11 +182,6 @@ async def _next_bytes(stream: AnswerStream, writer: Writer) -> tuple[bytes, bool
         return b"".join(parts), False
 
 
-def _encoded(headers: Mapping[str, str]) -> list[tuple[bytes, bytes]]:
-    """`headers`, whose names are in lower case, as ASGI has them."""
-    return [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
-
-
 class EventStream:
     """A stream that is open, as what a framework makes a response of: `headers`, and the body by iterating. It is closed at its end, and
     by `aclose()`; leaving it early settles the call.
@@ -193,7 +191,7 @@ class EventStream:
 
     def __init__(self, opened: AbstractAsyncContextManager[AnswerStream], stream: AnswerStream, writer: Writer, request_id: str) -> None:
         self.stream = stream
-        self.headers = HEADERS | {"x-request-id": request_id, "request-id": request_id} | stream_headers(stream)
+        self.headers = as_text([*HEADERS, *id_headers(request_id), *stream_headers(stream)])
         self._opened = opened
         self._writer = writer
         self._ended = False
@@ -233,14 +231,21 @@ class EventStream:
             await self._opened.__aexit__(None, None, None)
 
 
-def stream_headers(stream: AnswerStream) -> dict[str, str]:
-    headers = as_text(window_headers(stream.windows)) | {"x-cache": stream.cache, "x-aigateway-provider": stream.provider}
+def id_headers(request_id: str) -> list[Header]:
+    minted = request_id.encode()
+    return [(b"x-request-id", minted), (b"request-id", minted)]
+
+
+def stream_headers(stream: AnswerStream) -> list[Header]:
+    headers = window_headers(stream.windows)
+    headers.append((b"x-cache", stream.cache.encode()))
+    headers.append((b"x-aigateway-provider", stream.provider.encode()))
     if stream.age is not None:
-        headers["age"] = str(int(stream.age))
+        headers.append((b"age", b"%d" % stream.age))
     if stream.lowered_to is not None:
-        headers["x-aigateway-max-tokens"] = str(stream.lowered_to)
+        headers.append((b"x-aigateway-max-tokens", b"%d" % stream.lowered_to))
     if stream.replayed:
-        headers["idempotency-replayed"] = "true"
+        headers.append((b"idempotency-replayed", b"true"))
     return headers
 
 
@@ -262,7 +267,7 @@ def stream_response(
     *,
     wire: Dialect,
     include_usage: bool = False,
-    id_headers: Mapping[str, str],
+    id_headers: Iterable[Header],
 ) -> EventStreamResponse:
     return EventStreamResponse(
         lambda: pipeline.stream(principal, request, options, request_id),

@@ -1,0 +1,149 @@
+"""Whoever makes an answer is stopped when its client leaves, or takes nothing more, and by nothing else."""
+
+import logging
+from collections.abc import Awaitable, Callable
+
+import anyio
+import pytest
+from starlette.types import Message
+
+from starlette_aigateway.http.bodies import ClientLeft
+from starlette_aigateway.http.pace import Pace
+from starlette_aigateway.http.presence import while_present
+
+pytestmark = pytest.mark.anyio
+
+
+class Client:
+    """What a server tells of one: nothing, until it has left."""
+
+    def __init__(self) -> None:
+        self.left = anyio.Event()
+        self.asked = anyio.Event()
+        self.let_go = anyio.Event()
+
+    async def receive(self) -> Message:
+        self.asked.set()
+        try:
+            await self.left.wait()
+        finally:
+            self.let_go.set()
+        return {"type": "http.disconnect"}
+
+
+def until(client: Client, then: Callable[[], Awaitable[str]]) -> Callable[[], Awaitable[str]]:
+    async def work() -> str:
+        await client.asked.wait()
+        return await then()
+
+    return work
+
+
+async def forever() -> str:
+    await anyio.sleep_forever()
+    raise AssertionError
+
+
+async def test_what_the_work_brings_is_given_back_and_nobody_listens_any_longer() -> None:
+    client = Client()
+
+    async def answer() -> str:
+        return "an answer"
+
+    with anyio.fail_after(5):
+        assert await while_present(client.receive, until(client, answer)) == "an answer"
+        await client.let_go.wait()
+
+
+async def test_what_the_work_raises_comes_as_it_is() -> None:
+    client = Client()
+
+    async def fail() -> str:
+        raise ValueError("its own")
+
+    with anyio.fail_after(5), pytest.raises(ValueError, match="its own"):
+        await while_present(client.receive, until(client, fail))
+
+
+async def test_when_the_client_leaves_the_work_is_cancelled() -> None:
+    client = Client()
+
+    async def leave() -> str:
+        client.left.set()
+        return await forever()
+
+    with anyio.fail_after(5), pytest.raises(ClientLeft):
+        await while_present(client.receive, until(client, leave))
+
+
+async def test_work_that_is_shielded_is_ended_first() -> None:
+    client = Client()
+    steps: list[str] = []
+
+    async def leave() -> str:
+        with anyio.CancelScope(shield=True):
+            client.left.set()
+            await anyio.sleep(0.01)
+            steps.append("settled")
+        await anyio.sleep(0)
+        raise AssertionError("cancelled by then")
+
+    with anyio.fail_after(5), pytest.raises(ClientLeft):
+        await while_present(client.receive, until(client, leave))
+    assert steps == ["settled"]
+
+
+async def test_who_is_cancelled_from_outside_has_not_been_left() -> None:
+    client = Client()
+    with anyio.CancelScope() as scope:
+
+        async def cancelled() -> str:
+            scope.cancel()
+            return await forever()
+
+        await while_present(client.receive, until(client, cancelled))
+    assert scope.cancelled_caught
+
+
+async def test_a_server_that_cannot_tell_is_no_reason_to_go_on() -> None:
+    async def receive() -> Message:
+        raise RuntimeError("no such thing here")
+
+    with anyio.fail_after(5), pytest.raises((RuntimeError, ExceptionGroup)) as caught:
+        await while_present(receive, forever)
+    told = caught.value
+    assert "no such thing here" in str(told.exceptions[0] if isinstance(told, ExceptionGroup) else told)
+
+
+async def test_a_client_that_takes_nothing_is_let_go(caplog: pytest.LogCaptureFixture) -> None:
+    client = Client()
+
+    async def send(message: Message) -> None:
+        await anyio.sleep_forever()
+
+    pace = Pace(send, 0.05)
+
+    async def work() -> str:
+        await pace.send({"type": "http.response.body", "body": b"x", "more_body": True})
+        raise AssertionError("nobody takes it")
+
+    with anyio.fail_after(5), pytest.raises(ClientLeft), caplog.at_level(logging.INFO, "starlette_aigateway"):
+        await while_present(client.receive, work, pace)
+    assert "took nothing of its stream for 0.05 seconds" in caplog.text
+
+
+async def test_a_client_that_takes_what_it_is_sent_may_wait_for_more_as_long_as_it_likes() -> None:
+    client = Client()
+
+    async def send(message: Message) -> None:
+        await anyio.sleep(0)
+
+    pace = Pace(send, 0.02)
+
+    async def work() -> str:
+        await pace.send({"type": "http.response.body", "body": b"x", "more_body": True})
+        await anyio.sleep(0.1)
+        return "an answer"
+
+    with anyio.fail_after(5):
+        assert await while_present(client.receive, work, pace) == "an answer"
