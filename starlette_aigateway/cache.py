@@ -15,7 +15,8 @@ from typing import Self
 import anyio
 import anyio.to_thread
 
-from .cache_files import CacheFiles, Entry, Generation, reason
+from .cache_files import CacheFiles, Entry, reason
+from .cache_purges import Generation
 from .protocols import Clock
 
 OPEN_TIMEOUT = 1.0

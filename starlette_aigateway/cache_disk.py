@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import sqlite3
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
 from diskcache import Cache, Disk
 from diskcache.core import MODE_RAW, UNKNOWN
 
+SELECT = "SELECT mode, filename, value FROM Cache WHERE key = ? AND raw = 1"
+UPSERT = f"""
+INSERT INTO Cache (key, raw, store_time, expire_time, access_time, access_count, tag, size, mode, filename, value)
+VALUES (?, 1, ?, ?, ?, 0, NULL, 0, {MODE_RAW}, NULL, ?)
+ON CONFLICT (key, raw) DO UPDATE SET store_time = excluded.store_time, expire_time = excluded.expire_time,
+    access_time = excluded.access_time, access_count = 0, tag = NULL, size = 0, mode = excluded.mode, filename = NULL,
+    value = excluded.value
+"""  # noqa: S608  # a number
 NO_FILES = 2**62
 """A `min_file_size` that no value reaches."""
 
@@ -87,6 +97,17 @@ class OneConnection(Cache):  # type: ignore[misc]  # diskcache ships no types
             self._connection.execute("PRAGMA synchronous=NORMAL")
             self._connection.execute("PRAGMA journal_size_limit=16777216")
         return self._connection
+
+    def read(self, key: str) -> bytes | None:
+        """As `get`, at a fraction of its cost, and whatever time diskcache would keep the row for. Raises `ValueError` for a row that is
+        not bytes."""
+        row = self._con.execute(SELECT, (key,)).fetchone()
+        return None if row is None else self._disk.fetch(*row, False)
+
+    def write(self, values: Sequence[tuple[str, bytes, float]]) -> None:
+        """As `set` of each key, value and seconds to live, with one statement for all of them."""
+        now = time.time()
+        self._con.executemany(UPSERT, [(key, now, now + ttl, now, value) for key, value, ttl in values])
 
     def close(self) -> None:
         connection, self._connection = self._connection, None

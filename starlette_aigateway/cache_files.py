@@ -9,6 +9,7 @@ import os
 import queue
 import sqlite3
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
@@ -16,6 +17,7 @@ from pathlib import Path
 from struct import Struct, error
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
+from .cache_purges import Generation, Purges
 from .protocols import Clock
 
 if TYPE_CHECKING:
@@ -31,7 +33,11 @@ RETRY_AFTER = 5.0
 """Seconds until a cache that could not be opened is tried again."""
 
 GATHER_SECONDS = 0.02
-MAX_BATCH = 128
+MAX_BATCH = 256
+CULL_SECONDS = 1.0
+CULL_SHARE = 64
+"""Room is made each second, and when a 64th of all there is was written."""
+
 MAX_PENDING_BYTES = 64 * 2**20
 KEPT_CORRUPT = 3
 DAMAGED = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR})
@@ -39,9 +45,6 @@ DAMAGED = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLI
 
 EXPIRY = Struct(">d")
 """In front of every value on disk: when it expires, by the gateway's clock."""
-
-Generation: TypeAlias = tuple[int, int, int] | None
-"""Another one after each purge; None while there are no files."""
 
 Failed: TypeAlias = Callable[[str, Exception], None]
 """Told what could not be done, and why."""
@@ -77,7 +80,7 @@ Tasks: TypeAlias = queue.SimpleQueue[Task | None]
 
 
 class CacheFiles:
-    """`cache.db` and the file `purges`, whose length counts the purges. Nothing is opened before the first task.
+    """`cache.db` and the file `purges`, which counts the purges. Nothing is opened before the first task.
 
     Everything that fails is told to `failed`, and is a miss or a write that does not happen. `read`, `write` and `generation` are for
     event loops and do not wait; `open`, `purge` are carried out on the thread, by `ask`.
@@ -86,8 +89,8 @@ class CacheFiles:
     def __init__(self, directory: Path, *, size_limit: int, clock: Clock, failed: Failed) -> None:
         self._directory = directory
         self._path = directory / NAME
-        self._purges = directory / "purges"
-        self._purges_name = str(self._purges)
+        self._purges = Purges(directory / "purges")
+        self.generation = self._purges.generation
         self._size_limit = size_limit
         self._clock = clock
         self._failed = failed
@@ -103,16 +106,10 @@ class CacheFiles:
         self._writer: OneConnection | None = None
         self._identity: tuple[int, int] | None = None
         self._retry_at = float("-inf")
+        self._cull_at = 0.0
+        self._unculled = 0
         self.tried = False
         """Whether the files were opened, or could not be."""
-
-    def generation(self) -> Generation:
-        """What an entry is compared with at every read: so no worker answers from its memory what another one purged."""
-        try:
-            facts = os.stat(self._purges_name)  # noqa: PTH116  # half the time of Path.stat, on the hot path
-        except OSError:
-            return None
-        return facts.st_ino, facts.st_size, facts.st_ctime_ns
 
     def read(self, key: str, generation: Generation) -> Entry | None:
         """What waits to be written, else what is in the file."""
@@ -123,7 +120,7 @@ class CacheFiles:
             return None
         try:
             with self._reading:
-                packed = None if self._reader is None else self._reader.get(key)
+                packed = None if self._reader is None else self._reader.read(key)
             if packed is None:
                 return None
             (expires_at,) = EXPIRY.unpack_from(packed)
@@ -198,7 +195,7 @@ class CacheFiles:
         """Removes every row and says how many. A new generation begins before it, which ends the writes that were queued elsewhere, and one
         after it, which ends what was read meanwhile."""
         opened = self.open()
-        self._begin_generation()
+        self._purges.begin_generation()
         try:
             count = int(self._writer.clear()) if opened and self._writer is not None else 0
         except Exception as failure:  # noqa: BLE001  # what cannot be emptied is replaced
@@ -209,7 +206,7 @@ class CacheFiles:
         for number in range(1, KEPT_CORRUPT + 1):
             for suffix in SUFFIXES:
                 self._aside(number, suffix).unlink(missing_ok=True)
-        self._begin_generation()
+        self._purges.begin_generation()
         return count
 
     def _submit(self, task: Task) -> bool:
@@ -245,16 +242,23 @@ class CacheFiles:
         try:
             if self.open() and self._writer is not None:
                 with self._writer.transact():
-                    generation = self.generation()
-                    for task in tasks:
-                        apply(self._writer, task, generation)
-                self._writer.cull()
+                    apply(self._writer, tasks, self.generation())
+                self._cull(tasks)
         except Exception as failure:  # noqa: BLE001  # a write that fails is an answer that is not kept
             self._failed("write", failure)
             if damaged(failure):
                 self._carry_out(self._rebuild)
         finally:
             self._written(tasks)
+
+    def _cull(self, tasks: Sequence[Put | Forget]) -> None:
+        """Looking for room costs as much as a batch of writes."""
+        assert self._writer is not None
+        self._unculled += sum(len(task.entry.value) for task in tasks if isinstance(task, Put))
+        now = time.monotonic()
+        if now >= self._cull_at or self._unculled * CULL_SHARE >= self._size_limit:
+            self._cull_at, self._unculled = now + CULL_SECONDS, 0
+            self._writer.cull()
 
     def _written(self, tasks: Sequence[Put | Forget]) -> None:
         with self._queueing:
@@ -273,7 +277,7 @@ class CacheFiles:
         self._writer = OneConnection(self._path, timeout=WRITE_TIMEOUT, patience=WRITE_TIMEOUT, size_limit=self._size_limit)
         self._identity = identity(self._path)
         reader = OneConnection(self._path, timeout=READ_TIMEOUT, patience=WRITE_TIMEOUT, size_limit=self._size_limit)
-        create(self._purges)
+        self._purges.open()
         self._reader = reader
 
     def _close_files(self) -> None:
@@ -298,26 +302,29 @@ class CacheFiles:
             old = Path(f"{self._path}{suffix}")
             if old.exists():
                 old.replace(self._aside(number, suffix))
-        self._begin_generation()
+        self._purges.begin_generation()
 
     def _aside(self, number: int, suffix: str = "") -> Path:
         return Path(f"{self._path}.corrupt-{number}{suffix}")
-
-    def _begin_generation(self) -> None:
-        with self._purges.open("ab") as purges:
-            purges.write(b".")
 
 
 SUFFIXES = ("-wal", "-shm", "")
 """The files of a database, itself at last."""
 
 
-def apply(writer: OneConnection, task: Put | Forget, generation: Generation) -> None:
-    """One write within a transaction. A purge between `write` and now has made the entry void."""
-    if isinstance(task, Forget):
-        writer.delete(task.key)
-    elif task.entry.generation in (None, generation):
-        writer.set(task.key, EXPIRY.pack(task.entry.expires_at) + task.entry.value, expire=task.ttl)
+def apply(writer: OneConnection, tasks: Sequence[Put | Forget], generation: Generation) -> None:
+    """The last write of each key, within a transaction. A purge between `write` and now has made an entry void."""
+    last = {task.key: task for task in tasks}.values()
+    for task in last:
+        if isinstance(task, Forget):
+            writer.delete(task.key)
+    writer.write(
+        [
+            (task.key, EXPIRY.pack(task.entry.expires_at) + task.entry.value, task.ttl)
+            for task in last
+            if isinstance(task, Put) and task.entry.generation in (None, generation)
+        ]
+    )
 
 
 def take(tasks: Tasks, hurry: threading.Event) -> tuple[list[Task], bool]:
@@ -326,7 +333,7 @@ def take(tasks: Tasks, hurry: threading.Event) -> tuple[list[Task], bool]:
     write takes the interpreter from the event loop each time."""
     batch: list[Task] = []
     task = tasks.get()
-    if isinstance(task, Put):
+    if isinstance(task, Put) and tasks.qsize() < MAX_BATCH:
         hurry.wait(GATHER_SECONDS)
     hurry.clear()
     while task is not None:
@@ -341,8 +348,8 @@ def take(tasks: Tasks, hurry: threading.Event) -> tuple[list[Task], bool]:
 
 
 def create(path: Path) -> None:
-    """Makes an empty file for this user only. One that exists is not even opened: it keeps its times, by which generations are told
-    apart, and SQLite its locks, which this process would lose with any other descriptor (https://sqlite.org/howtocorrupt.html)."""
+    """Makes an empty file for this user only. One that exists is not even opened: SQLite keeps its locks, which this process would lose
+    with any other descriptor (https://sqlite.org/howtocorrupt.html)."""
     with suppress(FileExistsError):
         os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600))
 

@@ -5,8 +5,10 @@ Reading it takes a tenth of a microsecond and no call of the system, so that the
 
 from __future__ import annotations
 
+import fcntl
 import mmap
 import os
+import sys
 from pathlib import Path
 
 SIZE = 8
@@ -17,7 +19,7 @@ class SharedCounter:
     """The counter in the file `path`, which `refresh` makes (0600, zero) and nobody shortens or deletes. Safe over a fork, which
     shares the mapping.
 
-    Nothing guards a change: who calls `set` has to be the only one by a lock of its own.
+    Nothing guards `set`: who calls it has to be the only one by a lock of its own. `increment` needs none.
     """
 
     def __init__(self, path: Path) -> None:
@@ -38,6 +40,16 @@ class SharedCounter:
         """Nothing, while there is no file that could be mapped."""
         if self.mapped:
             self._cells[0] = value
+
+    def increment(self) -> None:
+        """By one, whoever else does so at the same moment, and also where nothing could be mapped. Raises `OSError` without a file."""
+        descriptor = os.open(self._path, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            value = int.from_bytes(os.pread(descriptor, SIZE, 0), sys.byteorder, signed=True)
+            os.pwrite(descriptor, (value + 1).to_bytes(SIZE, sys.byteorder, signed=True), 0)
+        finally:
+            os.close(descriptor)
 
     def refresh(self) -> bool:
         """Maps the file that is at the path now, if it is not the one that is mapped. Says whether that changed anything; nothing that

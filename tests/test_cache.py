@@ -9,14 +9,14 @@ import sqlite3
 import subprocess
 import sys
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from diskcache.core import MODE_BINARY, MODE_PICKLE, MODE_RAW, MODE_TEXT
 
-from starlette_aigateway import cache_files
+from starlette_aigateway import cache_files, cache_purges
 from starlette_aigateway.cache import DiskResponseCache, wait
 from starlette_aigateway.cache_disk import BytesDisk
 from starlette_aigateway.protocols import ResponseCache
@@ -254,8 +254,9 @@ async def test_a_database_that_breaks_while_open_is_rebuilt_in_every_worker(
 
 
 async def test_a_removed_directory_is_made_anew_and_its_answers_are_gone(
-    cache: DiskResponseCache, other: DiskResponseCache, directory: Path
+    cache: DiskResponseCache, other: DiskResponseCache, directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(cache_purges, "STALE", 0.0)  # the moment at which a worker looks
     for worker in (cache, other):
         await worker.put(key("a"), b"answer", 60)
         await worker.flush()
@@ -268,7 +269,10 @@ async def test_a_removed_directory_is_made_anew_and_its_answers_are_gone(
     assert await other.get(key("b")) == b"answer"
 
 
-async def test_a_worker_that_only_reads_notices_new_files(cache: DiskResponseCache, other: DiskResponseCache, directory: Path) -> None:
+async def test_a_worker_that_only_reads_notices_new_files(
+    cache: DiskResponseCache, other: DiskResponseCache, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache_purges, "STALE", 0.0)
     await other.flush()
     directory.rename(directory.parent / "removed")
     await cache.put(key("a"), b"answer", 60)
@@ -296,6 +300,88 @@ async def test_a_purge_ends_the_writes_that_still_wait_in_another_worker(
     await cache.flush()
     assert [row[0] for row in rows(directory)] == [key("b")]
     assert await cache.get(key("a")) is None
+
+
+PURGE = """
+import sys, anyio
+from pathlib import Path
+from starlette_aigateway.cache import DiskResponseCache
+async def main():
+    async with DiskResponseCache(Path(sys.argv[1])) as cache:
+        for _ in sys.stdin:
+            print(await cache.purge(), flush=True)
+anyio.run(main)
+"""
+
+
+@pytest.fixture
+def purger(directory: Path) -> Iterator[Callable[[], int]]:
+    """Another process, which purges and says how many entries it has found."""
+    worker = subprocess.Popen([sys.executable, "-c", PURGE, str(directory)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    sent, said = worker.stdin, worker.stdout
+
+    def purge() -> int:
+        assert sent is not None
+        assert said is not None
+        sent.write("purge\n")
+        sent.flush()
+        return int(said.readline())
+
+    yield purge
+    worker.communicate()
+
+
+async def test_a_purge_in_another_process_holds_from_the_next_get_on(
+    cache: DiskResponseCache, purger: Callable[[], int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache_purges, "STALE", 1e9)
+    for _ in range(3):
+        await cache.put(key("a"), b"answer", 60)
+        await cache.flush()
+        assert await cache.get(key("a")) == b"answer"
+        assert purger() == 1
+        assert await cache.get(key("a")) is None
+
+
+async def test_a_purge_that_makes_a_new_counter_ends_when_every_worker_has_looked(
+    cache: DiskResponseCache, other: DiskResponseCache, directory: Path
+) -> None:
+    for number in range(3):
+        await cache.put(key("a"), b"answer", 60)
+        await other.flush()
+        (directory / "purges").unlink()
+        assert await cache.get(key("a")) == b"answer", f"{number}: from memory, or from the file"
+        await other.purge()
+        assert await cache.get(key("a")) is None
+
+
+async def test_within_a_while_nobody_looks_at_the_file_of_purges(cache: DiskResponseCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache_purges, "STALE", 1e9)
+    await cache.flush()
+    await cache.put(key("a"), b"answer", 60)
+    looks: list[None] = []
+    monkeypatch.setattr(cache._worker().files._purges, "_look", lambda: looks.append(None))
+    for _ in range(10):
+        assert await cache.get(key("a")) == b"answer"
+        assert await cache.get(key("b")) is None
+    assert looks == []
+
+
+async def test_the_last_write_of_a_key_in_a_batch_is_the_one_that_is_kept(directory: Path, clock: FakeClock) -> None:
+    async with await fresh(directory, clock) as cache:
+        gate = threading.Event()
+        held = cache._worker().files.ask(lambda: int(gate.wait(30)))
+        for number in range(3):
+            await cache.put(key("a"), b"%d" % number, 60)
+            await cache.put(key(f"b{number}"), b"another", 60)
+        gate.set()
+        await wait(held)
+        await cache.flush()
+        assert len(rows(directory)) == 4
+        await cache.put(key("a"), b"later", 60)
+        await cache.flush()
+        assert len(rows(directory)) == 4
+        assert await cache.get(key("a")) == b"later"
 
 
 async def test_with_too_much_waiting_to_be_written_further_writes_do_not_happen(

@@ -329,6 +329,24 @@ def test_a_counter_follows_its_path_to_another_file(tmp_path: Path) -> None:
     assert counter.value == 1
 
 
+INCREMENT = """
+import sys
+from pathlib import Path
+from starlette_aigateway.shared_counter import SharedCounter
+counter = SharedCounter(Path(sys.argv[1]))
+for _ in range(500):
+    counter.increment()
+"""
+
+
+def test_increments_of_several_processes_are_all_counted_and_seen_by_who_maps_the_file(tmp_path: Path) -> None:
+    counter = SharedCounter(tmp_path / "counter")
+    counter.refresh()
+    workers = [subprocess.Popen([sys.executable, "-c", INCREMENT, str(tmp_path / "counter")]) for _ in range(3)]
+    assert [worker.wait() for worker in workers] == [0, 0, 0]
+    assert counter.value == 1500
+
+
 def test_a_counter_without_a_directory_counts_nothing_and_is_mapped_when_there_is_one(tmp_path: Path) -> None:
     counter = SharedCounter(tmp_path / "later" / "counter")
     assert not counter.refresh()
