@@ -42,7 +42,7 @@ def arguments() -> argparse.Namespace:
         "--workers",
         type=number(int, 1, 64),
         default=1,
-        help="measure the gateway with 2, 4, ... and this many processes on one data_dir as well (default: 1)",
+        help="measure the gateway with 2, 4, ... and this many processes on one data_dir, too; each gets its share of the connections",
     )
     parser.add_argument("--latency", type=number(float, 0, 5), default=0.0, help="seconds that the provider takes to answer (default: 0)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")

@@ -149,7 +149,7 @@ def test_the_load_loop_counts_what_is_refused_and_what_breaks_off() -> None:
 
     async def loaded() -> dict[str, float]:
         async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
-            plan = {"port": server.sockets[0].getsockname()[1], "path": "/", "headers": {}, "body": "{}", "unique": False}
+            plan = {"ports": [server.sockets[0].getsockname()[1]], "path": "/", "headers": {}, "body": "{}", "unique": False}
             limits = {"connections": 2, "seconds": 30, "requests": 8}
             process = await asyncio.create_subprocess_exec(
                 sys.executable, "-m", "comparison.load", cwd=BENCHMARKS, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE

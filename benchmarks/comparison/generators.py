@@ -9,8 +9,10 @@ import resource
 import shutil
 import subprocess
 import sys
+import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import msgspec
 
@@ -21,6 +23,9 @@ from .servers import environment
 SCRIPT = Path(__file__).with_name("wrk.lua")
 SLACK = PATIENCE + 10.0
 """Seconds after its own end at which a generator is stopped."""
+
+APART = 10**8
+"""Between the first numbers of two generators at work at once: more than either sends."""
 
 
 class LoadFailed(Exception):
@@ -33,32 +38,47 @@ class Generator(Protocol):
     def run(self, plan: Plan, where: set[int] | None) -> Load: ...
 
 
+class Command(NamedTuple):
+    arguments: Sequence[str]
+    env: dict[str, str]
+    given: bytes = b""
+
+
 class Wrk:
+    """One wrk for each port, at the same time."""
+
     name = "wrk"
 
     def run(self, plan: Plan, where: set[int] | None) -> Load:
+        before = children_cpu()
+        outputs = carried_out([self._command(plan, place) for place in range(len(plan.ports))], plan.seconds, where)
+        return together([self._load(output) for output in outputs], children_cpu() - before)
+
+    def _command(self, plan: Plan, place: int) -> Command:
+        least, more = divmod(plan.connections, len(plan.ports))
+        options = ["--threads", "1", "--connections", str(max(1, least + (place < more))), "--duration", f"{math.ceil(plan.seconds)}s"]
+        url = f"http://127.0.0.1:{plan.ports[place]}{plan.path}"
         env = {
             **os.environ,
             "LOAD_BODY": plan.body,
             "LOAD_HEADERS": "\n".join(f"{name}: {value}" for name, value in plan.headers.items()),
-            "LOAD_FIRST": str(first_number()) if plan.unique else "",
+            "LOAD_FIRST": str(first_number() + place * APART) if plan.unique else "",
         }
-        options = ["--threads", "1", "--connections", str(plan.connections), "--duration", f"{math.ceil(plan.seconds)}s"]
-        url = f"http://127.0.0.1:{plan.port}{plan.path}"
-        command = ["wrk", *options, "--timeout", f"{PATIENCE:.0f}s", "--script", str(SCRIPT), url]
-        output, cpu = measured(command, b"", env, plan.seconds, where)
-        figures = [line for line in output.decode().splitlines() if line.startswith("{")]
+        return Command(["wrk", *options, "--timeout", f"{PATIENCE:.0f}s", "--script", str(SCRIPT), url], env)
+
+    def _load(self, output: bytes) -> Load:
+        figures = [line for line in output.decode(errors="replace").splitlines() if line.startswith("{")]
         if not figures:
             raise LoadFailed(f"wrk told no figures: {output.decode(errors='replace')[-500:]}")
-        return msgspec.convert({**json.loads(figures[-1]), "cpu": cpu}, Load)
+        return msgspec.convert({**json.loads(figures[-1]), "cpu": 0.0}, Load)
 
 
 class Loop:
     name = "the load loop in Python"
 
     def run(self, plan: Plan, where: set[int] | None) -> Load:
-        command = [sys.executable, "-m", "comparison.load"]
-        output, _ = measured(command, msgspec.json.encode(plan), environment({}), plan.seconds, where)
+        command = Command([sys.executable, "-m", "comparison.load"], environment({}), msgspec.json.encode(plan))
+        (output,) = carried_out([command], plan.seconds, where)
         return msgspec.json.decode(output, type=Load)
 
 
@@ -66,14 +86,34 @@ def choose(use_wrk: bool) -> Generator:
     return Wrk() if use_wrk and shutil.which("wrk") else Loop()
 
 
-def measured(command: list[str], given: bytes, env: dict[str, str], seconds: float, where: set[int] | None) -> tuple[bytes, float]:
-    """What `command` writes, and the seconds of CPU that it used."""
-    before = children_cpu()
-    with cores.on(where):
-        done = subprocess.run(command, check=False, input=given, capture_output=True, env=env, timeout=seconds + SLACK)
-    if done.returncode != 0:
-        raise LoadFailed(f"{command[0]} failed: {done.stderr.decode(errors='replace')[-500:]}")
-    return done.stdout, children_cpu() - before
+def together(loads: Sequence[Load], cpu: float) -> Load:
+    """The sum; the latencies are those of the slowest."""
+    p50, p95, p99, seconds = (max(getattr(load, name) for load in loads) for name in ("p50", "p95", "p99", "seconds"))
+    requests, refused, broken = (sum(getattr(load, name) for load in loads) for name in ("requests", "refused", "broken"))
+    return Load(requests, seconds, p50, p95, p99, refused, broken, cpu)
+
+
+def carried_out(commands: Sequence[Command], seconds: float, where: set[int] | None) -> list[bytes]:
+    """What `commands` write, at work at the same time; none of them is left."""
+    running: list[subprocess.Popen[bytes]] = []
+    deadline = time.monotonic() + seconds + SLACK
+    pipe = subprocess.PIPE
+    try:
+        with cores.on(where):
+            running.extend(subprocess.Popen(one.arguments, stdin=pipe, stdout=pipe, stderr=pipe, env=one.env) for one in commands)
+        outputs = []
+        for process, command in zip(running, commands, strict=True):
+            output, complaints = process.communicate(command.given, timeout=deadline - time.monotonic())
+            if process.returncode != 0:
+                raise LoadFailed(f"{command.arguments[0]} failed: {complaints.decode(errors='replace')[-500:]}")
+            outputs.append(output)
+        return outputs
+    except subprocess.TimeoutExpired as late:
+        raise LoadFailed(f"the load did not end within {late.timeout:.0f} seconds") from None
+    finally:
+        for process in running:
+            process.kill()
+            process.wait()
 
 
 def children_cpu() -> float:

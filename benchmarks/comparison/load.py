@@ -1,6 +1,6 @@
 """The load loop for machines without wrk: HTTP/1.1 over kept connections, each with one request in the air.
 
-    echo '{"port": 9001, "path": "/v1/chat/completions", "body": "{}", ...}' | python -m comparison.load
+    echo '{"ports": [9001], "path": "/v1/chat/completions", "body": "{}", ...}' | python -m comparison.load
 
 Reads a `Plan` from the standard input and writes a `Load` to the standard output, both as JSON. Ends after `seconds` or `requests`,
 whichever comes first, and waits for what is in the air by then, at most `PATIENCE` seconds.
@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from functools import partial
+from itertools import cycle
 from typing import cast
 
 import msgspec
@@ -25,9 +26,9 @@ PATIENCE = 10.0
 
 
 class Plan(msgspec.Struct, frozen=True):
-    """What to send, where to, and for how long."""
+    """What to send, where to, and for how long. The connections are divided evenly among the `ports`."""
 
-    port: int
+    ports: list[int]
     path: str
     headers: dict[str, str]
     body: str
@@ -61,7 +62,7 @@ class Requests:
 
     def __init__(self, plan: Plan) -> None:
         body = plan.body.encode()
-        fields = {"host": f"127.0.0.1:{plan.port}", "content-type": "application/json", "content-length": str(len(body)), **plan.headers}
+        fields = {"host": "127.0.0.1", "content-type": "application/json", "content-length": str(len(body)), **plan.headers}
         head = f"POST {plan.path} HTTP/1.1\r\n" + "".join(f"{name}: {value}\r\n" for name, value in fields.items()) + "\r\n"
         self._before, self._mark, self._after = (head.encode() + body).partition(NUMBER.encode())
         self._number = first_number()
@@ -149,8 +150,8 @@ async def load(plan: Plan) -> Load:
     requests, tally = Requests(plan), Tally(plan)
     over: list[asyncio.Future[None]] = [loop.create_future() for _ in range(plan.connections)]
     cpu = time.process_time()
-    for future in over:
-        await loop.create_connection(partial(Connection, requests, tally, partial(future.set_result, None)), "127.0.0.1", plan.port)
+    for future, port in zip(over, cycle(plan.ports), strict=False):
+        await loop.create_connection(partial(Connection, requests, tally, partial(future.set_result, None)), "127.0.0.1", port)
     _, late = await asyncio.wait(over, timeout=plan.seconds + PATIENCE)
     tally.broken += len(late)
     return tally.load(time.perf_counter() - tally.began, time.process_time() - cpu)

@@ -145,8 +145,7 @@ def notes(outcome: Outcome) -> list[str]:
     )
     if outcome.cores.told:
         found.append(outcome.cores.told)
-    for row in outcome.rows:
-        found += limits(row)
+    found += limits(outcome.rows)
     for row in outcome.rows:
         refused, broken, strays = (sum(of) for of in zip(*((s.load.refused, s.load.broken, s.strays) for s in row.samples), strict=True))
         if refused or broken or strays:
@@ -155,17 +154,20 @@ def notes(outcome: Outcome) -> list[str]:
     return found
 
 
-def limits(row: Row) -> list[str]:
+def limits(rows: Sequence[Row]) -> list[str]:
     """Where something else than the server was the limit, its figure is a floor and the ratio is not to be trusted."""
-    server, upstream, load = (row.median(of) for of in (lambda s: s.server_cores, lambda s: s.upstream_cores, lambda s: s.load_cores))
-    if row.case.server.startswith("gateway_"):
-        return [f"{row.case.label}: the load and the upstream, which share the cores with the workers, took {upstream + load:.2f} of them."]
-    if server >= BUSY:
-        return []
-    others = f"the load took {load:.2f} cores and the upstream {upstream:.2f}"
-    if load + upstream < BUSY:
-        return [
-            f"{row.case.label}: the server was busy for {server:.0%} of the time only ({others}): it waited, or other work disturbed it."
-        ]
-    rate = f"{row.median(lambda s: s.rate):.0f} requests/s"
-    return [f"{row.case.label}: {rate} are what the load makes, not what the server can ({others}): go by the CPU."]
+    found: list[str] = []
+    disturbed: list[str] = []
+    for row in rows:
+        server, upstream, load = (row.median(of) for of in (lambda s: s.server_cores, lambda s: s.upstream_cores, lambda s: s.load_cores))
+        others = f"the load took {load:.2f} cores and the upstream {upstream:.2f}"
+        if row.case.server.startswith("gateway_"):
+            found.append(f"{row.case.label}, on all cores: {others} of those that the workers are on.")
+        elif server < BUSY and load + upstream >= BUSY:
+            rate = f"{row.median(lambda s: s.rate):.0f} requests/s"
+            found.append(f"{row.case.label}: {rate} are what the load makes, not what the server can ({others}): go by the CPU.")
+        elif server < BUSY:
+            disturbed.append(f"{row.case.label} {server:.0%}")
+    if disturbed:
+        found.append(f"Not busy all the time, as they waited, or as other work disturbed them: {'; '.join(disturbed)}. Go by the CPU.")
+    return found

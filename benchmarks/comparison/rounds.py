@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -109,25 +110,24 @@ class Bench:
 
     def _start(self) -> None:
         self._tell("starting the servers")
-        command = [sys.executable, "-m", "comparison.upstream", "--port", str(self._upstream.port)]
-        self._upstream.start([*command, "--latency", str(self._settings.latency)], {}, self._cores.load)
-        env = {"UPSTREAM": f"http://127.0.0.1:{self._upstream.port}/v1", "WORK": str(self._work)}
+        command = [sys.executable, "-m", "comparison.upstream", "--latency", str(self._settings.latency), "--port"]
+        self._upstream.start(lambda port: [*command, str(port)], {}, self._cores.load)
+        env = {"UPSTREAM": f"http://127.0.0.1:{self._upstream.ports[0]}/v1", "WORK": str(self._work)}
         made = subprocess.run(
             [sys.executable, str(BENCHMARKS / "app.py")], env=environment(env), capture_output=True, text=True, check=True, timeout=60
         )
         self._key = made.stdout.strip()
         for name, server in self._servers.items():
-            workers = workers_of(name)
             app = "app:app" if is_gateway(name) else f"comparison.{name}:app"
             own = {**env, "DATA_DIR": str(self._work / name)} if is_gateway(name) else env
-            server.start(uvicorn(app, server.port, workers), own, self._cores.server if workers == 1 else self._cores.every)
+            server.start(partial(uvicorn, app), own, self._cores.server if workers_of(name) == 1 else self._cores.every)
         for server in [self._upstream, *self._servers.values()]:
             server.wait_until_ready()
 
     def _plan(self, case: Case, seconds: float) -> Plan:
         gateway = is_gateway(case.server)
         return Plan(
-            port=self._servers[case.server].port,
+            ports=self._servers[case.server].ports,
             path=f"/ai{cases.CALL}" if gateway else cases.CALL,
             headers={"authorization": f"Bearer {self._key}"} if gateway else {},
             body=cases.body(case.stream),
@@ -140,7 +140,7 @@ class Bench:
         """One call, whose answer is read: 200, a whole answer or a whole stream."""
         plan = self._plan(case, 0)
         body = plan.body.replace(NUMBER, f"{first_number() if case.unique else 0:016d}")
-        connection = http.client.HTTPConnection("127.0.0.1", plan.port, timeout=30)
+        connection = http.client.HTTPConnection("127.0.0.1", plan.ports[0], timeout=30)
         try:
             connection.request("POST", plan.path, body, {"content-type": "application/json", **plan.headers})
             answer = connection.getresponse()
@@ -181,7 +181,7 @@ class Bench:
         return sum(server.cpu() for server in self._servers.values())
 
     def _calls(self) -> int:
-        connection = http.client.HTTPConnection("127.0.0.1", self._upstream.port, timeout=10)
+        connection = http.client.HTTPConnection("127.0.0.1", self._upstream.ports[0], timeout=10)
         try:
             connection.request("GET", "/")
             return int(connection.getresponse().read())

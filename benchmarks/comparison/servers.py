@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -26,27 +26,30 @@ class NotStarted(Exception):
 
 
 class Server:
-    """One of them. `ready` is what it writes, once in each of its `workers`, when it serves."""
+    """One of them: `processes` of one kind, each on a port of its own. `ready` is what each writes when it serves."""
 
-    def __init__(self, name: str, log: Path, ready: str, workers: int = 1) -> None:
+    def __init__(self, name: str, log: Path, ready: str, processes: int = 1) -> None:
         self.name = name
-        self.port = free_port()
+        self.ports = [free_port() for _ in range(processes)]
         self.memory_before = 0.0
         self._log = log
         self._ready = ready
-        self._workers = workers
-        self._process: subprocess.Popen[bytes] | None = None
+        self._processes: list[subprocess.Popen[bytes]] = []
 
-    def start(self, command: Sequence[str], env: Mapping[str, str], where: set[int] | None) -> None:
-        with self._log.open("wb") as log, cores.on(where):
-            self._process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment(env), start_new_session=True
-            )
+    def start(self, command: Callable[[int], Sequence[str]], env: Mapping[str, str], where: set[int] | None) -> None:
+        """Runs `command(port)` for each of the ports."""
+        with self._log.open("ab") as log, cores.on(where):
+            for port in self.ports:
+                self._processes.append(
+                    subprocess.Popen(
+                        command(port), stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment(env), start_new_session=True
+                    )
+                )
 
     def wait_until_ready(self) -> None:
         deadline = time.monotonic() + START_SECONDS
-        while self._said().count(self._ready) < self._workers or not self._listens():
-            if self._process is None or self._process.poll() is not None:
+        while self._said().count(self._ready) < len(self.ports) or not all(map(listens, self.ports)):
+            if any(process.poll() is not None for process in self._processes):
                 raise NotStarted(f"{self.name} ended while it started. {self.tail()}")
             if time.monotonic() > deadline:
                 raise NotStarted(f"{self.name} was not ready within {START_SECONDS:g} seconds. {self.tail()}")
@@ -58,49 +61,51 @@ class Server:
         return "It wrote:\n" + "\n".join(f"    {line}" for line in lines) if lines else "It wrote nothing."
 
     def cpu(self) -> float:
-        """Seconds, of all its processes."""
-        return meters.cpu_seconds(self._process.pid) if self._process is not None else 0.0
+        """Seconds, of all its processes and their children."""
+        return sum(meters.cpu_seconds(process.pid) for process in self._processes)
 
     def memory(self) -> float:
-        """MiB, of all its processes."""
-        return meters.memory_mib(self._process.pid) if self._process is not None else 0.0
+        """MiB, of all its processes and their children."""
+        return sum(meters.memory_mib(process.pid) for process in self._processes)
 
     def ask_to_stop(self) -> None:
         self._signal(signal.SIGTERM)
 
     def stop(self) -> None:
-        """Ends all of its processes, also those that outlive the one that was started."""
-        if self._process is None:
-            return
+        """Ends all of its processes, also those that outlive the ones that were started."""
         self.ask_to_stop()
-        with suppress(subprocess.TimeoutExpired):
-            self._process.wait(STOP_SECONDS)
+        deadline = time.monotonic() + STOP_SECONDS
+        for process in self._processes:
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(max(0.0, deadline - time.monotonic()))
         self._signal(signal.SIGKILL)
-        self._process.wait()
-        self._process = None
+        for process in self._processes:
+            process.wait()
+        self._processes = []
 
     def _signal(self, number: signal.Signals) -> None:
-        if self._process is not None:
+        for process in self._processes:
             with suppress(ProcessLookupError, PermissionError):  # macOS has the latter for a group of zombies
-                os.killpg(self._process.pid, number)
+                os.killpg(process.pid, number)
 
     def _said(self) -> str:
         return self._log.read_text(errors="replace")
 
-    def _listens(self) -> bool:
-        with socket.socket() as probe:
-            return probe.connect_ex(("127.0.0.1", self.port)) == 0
 
-
-def uvicorn(app: str, port: int, workers: int = 1) -> list[str]:
+def uvicorn(app: str, port: int) -> list[str]:
     """uvicorn with the fastest loop and parser that are installed."""
-    command = [sys.executable, "-m", "uvicorn", "--app-dir", str(BENCHMARKS), app, "--host", "127.0.0.1", "--port", str(port)]
-    return [*command, "--no-access-log", *(["--workers", str(workers)] if workers > 1 else [])]
+    where = ["--host", "127.0.0.1", "--port", str(port)]
+    return [sys.executable, "-m", "uvicorn", "--app-dir", str(BENCHMARKS), app, *where, "--no-access-log"]
 
 
 def environment(more: Mapping[str, str]) -> dict[str, str]:
     paths = [str(BENCHMARKS), str(BENCHMARKS.parent), os.environ.get("PYTHONPATH", "")]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), **more}
+
+
+def listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 def free_port() -> int:
