@@ -221,13 +221,15 @@ async def failing(exchange: Exchange) -> None:
 
 def sticking(stuck: Stuck, events: Callable[..., list[bytes]]) -> Handler:
     async def handle(exchange: Exchange) -> None:
-        if json.loads(exchange.body).get("stream"):
-            await exchange.start_chunked()
-            for event in events(WORDS, "stop")[:3]:
-                await exchange.chunk(event)
-        stuck.arrived.set()
-        await exchange.wait_closed()
-        stuck.released.set()
+        try:
+            if json.loads(exchange.body).get("stream"):
+                await exchange.start_chunked()
+                for event in events(WORDS, "stop")[:3]:
+                    await exchange.chunk(event)
+            stuck.arrived.set()
+            await exchange.wait_closed()
+        finally:  # the client may be gone before everything was sent
+            stuck.released.set()
 
     return handle
 
