@@ -601,7 +601,7 @@ class TestCancelling:
 class Deaf:
     """A line on which nobody ever waits."""
 
-    def listen(self) -> None:
+    def listen(self) -> asyncio.Future[None]:
         raise AssertionError("an answer that is whole was waited for")
 
     def pause_reading(self) -> None: ...

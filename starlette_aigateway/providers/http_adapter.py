@@ -6,15 +6,15 @@ import re
 import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager
 from importlib.metadata import version
 from types import TracebackType
 from typing import Any, NoReturn, Protocol, Self
 from urllib.parse import urlsplit
 
-import anyio
 from msgspec import Struct
 
+from ..deadlines import deadline
 from ..errors import InvalidArgument, ProviderError
 from ..protocols import HTTPAnswer, HTTPRequest, ProviderAnswer, Transport
 from ..types import Completion, ProviderCall, StreamItem
@@ -78,7 +78,7 @@ class HTTPAdapter(ABC):
         self.models = models
         self.timeout = timeout
         self.max_output_tokens = max_output_tokens
-        self._headers = headers
+        self._headers = {stream: {**headers, "accept": "text/event-stream" if stream else "application/json"} for stream in (False, True)}
         self._owns_transport = transport is None
         self._transport: Transport = as_transport(transport)
 
@@ -108,32 +108,51 @@ class HTTPAdapter(ABC):
         """The path below `base_url`, and the body. Raises `ProviderError` for what the wire cannot say."""
 
     def open(self, call: ProviderCall) -> AbstractAsyncContextManager[ProviderAnswer]:
-        return self._open(call)
+        return Opening(self, self._sent(call))
 
-    @asynccontextmanager
-    async def _open(self, call: ProviderCall) -> AsyncIterator[ProviderAnswer]:
+    def _sent(self, call: ProviderCall) -> AbstractAsyncContextManager[HTTPAnswer]:
         path, body = self._encode(call)
-        request = HTTPRequest(self.base_url + path, self._headers_for(call), body)
+        headers = self._headers[call.stream]
+        if call.headers:
+            headers = {name.lower(): value for name, value in call.headers.items()} | headers
         connect, read = min(call.connect, call.timeout), min(call.read, call.timeout)
-        async with self._transport.send(request, connect=connect, read=read) as answer:
-            if not 200 <= answer.status < 300:
-                raise await self._failure(answer)
-            opened = UpstreamAnswer(self.name, answer, self.wire)
-            try:
-                yield opened
-            finally:
-                await opened.aclose()
+        return self._transport.send(HTTPRequest(self.base_url + path, headers, body), connect=connect, read=read)
 
-    def _headers_for(self, call: ProviderCall) -> Mapping[str, str]:
-        passed_on = {name.lower(): value for name, value in call.headers.items()}
-        return {**passed_on, **self._headers, "accept": "text/event-stream" if call.stream else "application/json"}
+
+class Opening:
+    """One attempt; `sent` is its request. A class, because a generator is ten times as dear, and there is one for each call."""
+
+    __slots__ = ("_adapter", "_opened", "_sent")
+
+    def __init__(self, adapter: HTTPAdapter, sent: AbstractAsyncContextManager[HTTPAnswer]) -> None:
+        self._adapter = adapter
+        self._sent = sent
+
+    async def __aenter__(self) -> UpstreamAnswer:
+        answer = await self._sent.__aenter__()
+        if 200 <= answer.status < 300:
+            self._opened = UpstreamAnswer(self._adapter.name, answer, self._adapter.wire)
+            return self._opened
+        try:
+            raise await self._failure(answer)
+        except BaseException as error:
+            await self._sent.__aexit__(type(error), error, error.__traceback__)
+            raise
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> bool | None:
+        try:
+            await self._opened.aclose()
+        finally:
+            await self._sent.__aexit__(kind, error, trace)
+        return None
 
     async def _failure(self, answer: HTTPAnswer) -> ProviderError:
+        adapter = self._adapter
         try:
-            facts = self.wire.error_facts(await answer.read(MAX_ERROR_BYTES))
+            facts = adapter.wire.error_facts(await answer.read(MAX_ERROR_BYTES))
         except ProviderError:  # the status came back and says what there is to know; the body is only for details
             facts = {}
-        return status_error(self.name, answer.status, answer.headers, facts, now=time.time(), ambiguous=self.ambiguous)
+        return status_error(adapter.name, answer.status, answer.headers, facts, now=time.time(), ambiguous=adapter.ambiguous)
 
 
 class UpstreamAnswer:
@@ -167,34 +186,28 @@ class UpstreamAnswer:
 
     async def _read_events(self) -> AsyncGenerator[StreamItem, None]:
         reader = self._wire.event_reader()
-        async with _closing(self._answer.chunks()) as chunks:
+        chunks = self._answer.chunks()
+        try:
             async for data in chunks:
                 for item in reader.feed(data):
                     yield item
                 if reader.saw_done:
                     await _read_last_bytes(chunks)
                     return
+        finally:
+            close = getattr(chunks, "aclose", None)  # a transport's iterator need not be a generator
+            if close is not None:
+                await close()
         for item in reader.close():
             yield item
         if not reader.complete:
             raise ProviderError(f"the stream of the provider {self._name} was cut short", status=self._answer.status)
 
 
-@asynccontextmanager
-async def _closing(chunks: AsyncIterator[bytes]) -> AsyncIterator[AsyncIterator[bytes]]:
-    """`contextlib.aclosing`, for a transport of the host's own, whose iterator need not be a generator."""
-    try:
-        yield chunks
-    finally:
-        close = getattr(chunks, "aclose", None)
-        if close is not None:
-            await close()
-
-
 async def _read_last_bytes(chunks: AsyncIterator[bytes]) -> None:
     """Waits a moment for the end of the body, which comes right behind the end mark: only a body read to its end gives its connection
     back."""
-    with anyio.move_on_after(LAST_BYTES_SECONDS):
+    with deadline(LAST_BYTES_SECONDS):
         try:
             async for _ in chunks:
                 pass

@@ -18,9 +18,9 @@ WITHOUT_BODY = frozenset({204, 304})
 
 
 class Line(Protocol):
-    """What an answer wants of its connection. `listen`: somebody waits, the silence of the other side counts from now on."""
+    """What an answer wants of its connection. `listen` makes what a task waits for: the silence of the other side counts from now on."""
 
-    def listen(self) -> None: ...
+    def listen(self) -> asyncio.Future[None]: ...
 
     def pause_reading(self) -> None: ...
 
@@ -100,10 +100,9 @@ class Answer:
         while not (self._complete or self._error is not None or (self.status and self._size >= enough)):
             assert self._line is not None
             self._enough = enough
-            self._waiter = asyncio.get_running_loop().create_future()
-            self._line.listen()
+            self._waiter = waiter = self._line.listen()
             try:
-                await self._waiter
+                await waiter
             finally:
                 self._waiter = None
 

@@ -80,8 +80,9 @@ class Connection(asyncio.Protocol):
 
     # -- for the answer
 
-    def listen(self) -> None:
+    def listen(self) -> asyncio.Future[None]:
         self._watch()
+        return self._loop.create_future()
 
     def pause_reading(self) -> None:
         if self._transport is not None and not self._transport.is_closing():

@@ -51,7 +51,7 @@ class Pool:
         """Closes all connections, those in use too, and returns when they are gone."""
         self._closed = True
         await self._dialer.aclose()
-        for connection in self._open:
+        for connection in list(self._open):
             connection.abort()
         if self._open:
             await self._all_gone.wait()
