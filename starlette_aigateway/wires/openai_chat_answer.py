@@ -16,7 +16,6 @@ from ..types import Answer, Completion, Native, Usage
 
 WIRE = "openai_chat"
 MAX_PLAUSIBLE_TOKENS = 2**31
-_NOTHING = Raw(b"")
 _NULLS = frozenset({b"", b"null"})
 _SAFE_IDENTIFIER = re.compile(r"[a-z][a-z0-9_.]{0,63}")
 _encoder = msgspec.json.Encoder()
@@ -44,15 +43,22 @@ class WireChoice(Struct):
     finish_reason: str | None = None
 
 
-class WireCompletion(Struct):
+class OfAnyUsage(Struct):
+    """A completion whose `usage` says nothing that we could believe, or is not there."""
+
     choices: list[WireChoice]
-    usage: Raw = _NOTHING
     model: str | None = None
     id: str | None = None
 
 
+class WireCompletion(OfAnyUsage):
+    usage: WireUsage | None = None
+
+
 _completion_decoder = msgspec.json.Decoder(WireCompletion)
+_of_any_usage_decoder = msgspec.json.Decoder(OfAnyUsage)
 _usage_decoder = msgspec.json.Decoder(WireUsage)
+_UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
 
 def decode_completion(body: bytes) -> Completion:
@@ -60,45 +66,57 @@ def decode_completion(body: bytes) -> Completion:
 
     Raises `ValueError`, which repeats nothing of the body, if it is not a chat completion.
     """
+    usage: Usage | None = None
+    wire: OfAnyUsage
     try:
-        wire = _completion_decoder.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        raise ValueError("the body is not a chat completion") from None
+        wire = metered = _completion_decoder.decode(body)
+        usage = _tokens(metered.usage) if metered.usage is not None else None
+    except _UNREADABLE:
+        wire = _of_any_usage(body)
     if not wire.choices:
         raise ValueError("the chat completion has no choices")
     choice = wire.choices[0]
     return Completion(
         message=choice.message,  # type: ignore[arg-type]  # a mapping in the shape of `Message`, fields of the vendor included
         finish_reason=choice.finish_reason or None,
-        usage=decode_usage(wire.usage),
+        usage=usage,
         model=wire.model,
         id=wire.id,
         native=Native(WIRE, body),
     )
 
 
-def decode_usage(raw: Raw) -> Usage | None:
-    """Tokens of a `usage` object; None where it is missing or cannot be believed (negative, fractional, absurd, contradicting).
+def _of_any_usage(body: bytes) -> OfAnyUsage:
+    try:
+        return _of_any_usage_decoder.decode(body)
+    except _UNREADABLE:
+        raise ValueError("the body is not a chat completion") from None
 
-    Upstreams that leave hidden reasoning out of `completion_tokens` bill it all the same: what `total_tokens` or `reasoning_tokens` say
-    beyond it is output.
-    """
+
+def decode_usage(raw: Raw) -> Usage | None:
+    """Tokens of a `usage` object; None where it is missing or cannot be believed (negative, fractional, absurd, contradicting)."""
     if is_null(raw):
         return None
     try:
-        wire = _usage_decoder.decode(raw)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return _tokens(_usage_decoder.decode(raw))
+    except _UNREADABLE:
         return None
-    inputs = wire.prompt_tokens_details or InputDetails()
-    outputs = wire.completion_tokens_details or OutputDetails()
-    read, written, reasoning = inputs.cached_tokens or 0, inputs.cache_write_tokens or 0, outputs.reasoning_tokens or 0
-    spoken = wire.completion_tokens
-    output = max(spoken, (wire.total_tokens or 0) - wire.prompt_tokens, spoken + reasoning if reasoning > spoken else 0)
-    figures = (wire.prompt_tokens, spoken, output, read, written, reasoning)
-    if min(figures) < 0 or max(figures) > MAX_PLAUSIBLE_TOKENS or read + written > wire.prompt_tokens:
+
+
+def _tokens(wire: WireUsage) -> Usage | None:
+    """Upstreams that leave hidden reasoning out of `completion_tokens` bill it all the same: what `total_tokens` or `reasoning_tokens` say
+    beyond it is output."""
+    read = written = reasoning = 0
+    if (inputs := wire.prompt_tokens_details) is not None:
+        read, written = inputs.cached_tokens or 0, inputs.cache_write_tokens or 0
+    if (outputs := wire.completion_tokens_details) is not None:
+        reasoning = outputs.reasoning_tokens or 0
+    spoken, sent = wire.completion_tokens, wire.prompt_tokens
+    output = max(spoken, (wire.total_tokens or 0) - sent, spoken + reasoning if reasoning > spoken else 0)
+    if min(sent, spoken, read, written, reasoning) < 0 or max(sent, output, reasoning) > MAX_PLAUSIBLE_TOKENS or read + written > sent:
         return None
     return Usage(
-        input_tokens=wire.prompt_tokens,
+        input_tokens=sent,
         output_tokens=output,
         cache_read_input_tokens=read,
         cache_creation_input_tokens=written,

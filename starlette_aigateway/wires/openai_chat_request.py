@@ -56,7 +56,9 @@ def encode_request(request: CompletionRequest, *, stream: bool, max_tokens_field
     `request` must have passed `validate`, and its prompt must be rendered.
     """
     left_out = DECIDED if request.max_tokens is None else DECIDED_WITH_BOUND
-    travelling = {name: value for name, value in request.params.items() if name not in left_out}
+    travelling = request.params
+    if not left_out.isdisjoint(travelling):
+        travelling = {name: value for name, value in travelling.items() if name not in left_out}
     body: dict[str, Any] = {"model": request.model, "messages": request.messages, **travelling}
     if request.temperature is not None:
         body["temperature"] = request.temperature
