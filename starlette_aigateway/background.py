@@ -44,7 +44,7 @@ class Job(Generic[T]):
         self._work = work
         self._drains = drains
         self._patience = patience
-        self._deadline = deadline(limit, shield=True)
+        self._deadline = deadline(limit, shield=True, passed=self._alarmed)
         self._last = monotonic() + limit + GIVE_UP_SECONDS
         self.asks: str | None = None
         self.given_up: Callable[[], None] = nothing
@@ -103,6 +103,10 @@ class Job(Generic[T]):
         self._error = unheard(self.asks)
         self.given_up()
         self._end()
+
+    def _alarmed(self) -> None:
+        """It is cancelled now; if it does not hear, it is given up."""
+        asyncio.get_running_loop().call_later(max(0.0, self._last - monotonic()), self.give_up)
 
     def critical(self, seconds: float) -> Deadline:
         """For what has to be known to have happened or not: within, being abandoned cancels nothing, and it ends after `seconds` in any
@@ -230,25 +234,20 @@ class Background:
         job = Job(work, self.drains, limit, self._patience)
         owner = self._owner()
         if _on_asyncio():
-            return InTask(job, owner, self._tasks, limit)
+            return InTask(job, owner, self._tasks)
         return _in_group(job, owner)
 
 
 class InTask(AbstractAsyncContextManager[Job[T]]):
     """A job in a bare task, which costs a fifth of one in a task group. The job itself says when it is done."""
 
-    def __init__(self, job: Job[T], owner: Owner | None, tasks: set[asyncio.Task[None]], limit: float) -> None:
+    def __init__(self, job: Job[T], owner: Owner | None, tasks: set[asyncio.Task[None]]) -> None:
         self._job = job
         self._owner = owner
         self._tasks = tasks
-        self._limit = limit
-        self._alarm: asyncio.TimerHandle | None = None
 
     async def __aenter__(self) -> Job[T]:
-        loop = asyncio.get_running_loop()
-        task = loop.create_task(self._job.run())
-        if self._limit < math.inf:
-            self._alarm = loop.call_later(self._limit + GIVE_UP_SECONDS, self._job.give_up)
+        task = asyncio.get_running_loop().create_task(self._job.run())
         self._tasks.add(task)
         task.add_done_callback(self._ended)
         if self._owner is not None:
@@ -257,8 +256,6 @@ class InTask(AbstractAsyncContextManager[Job[T]]):
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
-        if self._alarm is not None:
-            self._alarm.cancel()
         if self._owner is not None:
             self._owner.jobs.discard(self._job)
         self._job.ended()

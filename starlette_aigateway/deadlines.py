@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+from collections.abc import Callable
 from time import monotonic
 from types import TracebackType
 from typing import Protocol, Self
@@ -41,28 +42,39 @@ class Deadline(Protocol):
         """For a block within, which this one does not cancel. What has passed by then cancels when that block is over."""
 
 
-def deadline(seconds: float, *, shield: bool = False) -> Deadline:
-    """For the event loop that runs now; `seconds` count from here. With `shield`, scopes of anyio's around the block do not cancel it."""
+def deadline(seconds: float, *, shield: bool = False, passed: Callable[[], None] | None = None) -> Deadline:
+    """For the event loop that runs now; `seconds` count from here. With `shield`, scopes of anyio's around the block do not cancel it.
+    On asyncio, `passed` is called when it passes, also where it cancels nothing for the time being."""
     try:
-        asyncio.get_running_loop()
+        loop = asyncio.get_running_loop()
     except RuntimeError:  # not asyncio
         return ScopeDeadline(seconds, shield)
-    return TaskDeadline(seconds)
+    return TaskDeadline(loop, seconds, passed=passed)
 
 
 class TaskDeadline:
     """On asyncio, for a task of the gateway's own, which has no scope around it. Made anywhere, entered in the task that it cancels."""
 
     __slots__ = (
-        "_around", "_at", "_before", "_due", "_fired", "_innermost", "_loop", "_shielded", "_task", "_timer", "cancelled_caught", "held",
+        "_around", "_at", "_before", "_due", "_fired", "_innermost", "_loop", "_passed", "_shielded", "_task", "_timer",
+        "cancelled_caught", "held",
     )  # fmt: skip
 
-    _loop: asyncio.AbstractEventLoop
+    _before: int
     _shielded: TaskDeadline
 
-    def __init__(self, seconds: float, around: TaskDeadline | None = None) -> None:
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        seconds: float,
+        *,
+        around: TaskDeadline | None = None,
+        passed: Callable[[], None] | None = None,
+    ) -> None:
+        self._loop = loop
         self._at = monotonic() + seconds
         self._around = around
+        self._passed = passed
         self._innermost: TaskDeadline | None = None  # this one: no cycle for the garbage collector
         self.held = False
         self._due = False
@@ -76,19 +88,24 @@ class TaskDeadline:
         return self._fired > 0
 
     def __enter__(self) -> Self:
-        self._loop = asyncio.get_running_loop()
-        self._task = task = asyncio.current_task(self._loop)
+        around = self._around
+        if around is None:
+            task = asyncio.current_task(self._loop)
+        else:
+            task = around._task  # noqa: SLF001  # one of its own kind
+            self._shielded = around.shield(self)
         assert task is not None, "a block has a task to cancel"
+        self._task = task
         self._before = task.cancelling()
-        if self._around is not None:
-            self._shielded = self._around.shield(self)
         if self._at < math.inf:
-            self._arm()
+            self._timer = self._loop.call_later(self._at - monotonic(), self._fire)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> bool:
         task, self._task = self._task, None
-        self._disarm()
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
         if self._around is not None:
             self._around.unshield(self._shielded)
         if not self._fired:
@@ -109,22 +126,21 @@ class TaskDeadline:
             self._arm()
 
     def critical(self, seconds: float) -> TaskDeadline:
-        return TaskDeadline(seconds, self)
+        return TaskDeadline(self._loop, seconds, around=self)
 
     def _arm(self) -> None:
-        self._disarm()
-        self._timer = self._loop.call_later(max(0.0, self._at - monotonic()), self._fire)
-
-    def _disarm(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
-            self._timer = None
+        self._timer = self._loop.call_later(max(0.0, self._at - monotonic()), self._fire)
 
     def _fire(self) -> None:
         """Called by the loop, so that the task stands at an await and is cancelled there."""
         self._timer = None
         if self._task is None:
             return
+        if self._passed is not None:
+            self._passed()
+            self._passed = None
         if self.held:
             self._due = True
             return

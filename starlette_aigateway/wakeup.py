@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from types import TracebackType
 from typing import Protocol, TypeAlias
 
@@ -22,7 +22,7 @@ class Wakeup(Protocol):
     @property
     def loop(self) -> object: ...
 
-    async def wait(self) -> None: ...
+    def wait(self) -> Awaitable[None]: ...
 
     def ring(self) -> None: ...
 
@@ -49,8 +49,8 @@ class FutureWakeup:
         self.loop = loop
         self._future: asyncio.Future[None] = loop.create_future()
 
-    async def wait(self) -> None:
-        await self._future
+    def wait(self) -> Awaitable[None]:
+        return self._future
 
     def ring(self) -> None:
         if not self._future.done():
@@ -71,8 +71,8 @@ class EventWakeup:
         self._event = anyio.Event()
         self._schedule: Schedule = self.loop.run_sync_soon  # type: ignore[attr-defined]  # trio's token
 
-    async def wait(self) -> None:
-        await self._event.wait()
+    def wait(self) -> Awaitable[None]:
+        return self._event.wait()
 
     def ring(self) -> None:
         self._event.set()
