@@ -28,8 +28,6 @@ from starlette_aigateway import AIGateway, Conflict, Price
 from starlette_aigateway.policy.keys import mint
 from starlette_aigateway.protocols import Transport
 from starlette_aigateway.providers import OpenAIProvider
-from starlette_aigateway.providers.transport_aiohttp import AiohttpTransport
-from starlette_aigateway.providers.transport_httptools import HttptoolsTransport
 
 WORK = Path(os.environ["WORK"])
 SEED_FILE = WORK / "aigateway.seed"
@@ -51,10 +49,15 @@ def random(length: int) -> bytes:
 
 
 def transport() -> Transport | None:
+    """Imported when it is used: what is not would count as memory of the gateway."""
     match os.environ.get("TRANSPORT"):
         case "aiohttp":
+            from starlette_aigateway.providers.transport_aiohttp import AiohttpTransport
+
             return AiohttpTransport()
         case "httptools":
+            from starlette_aigateway.providers.transport_httptools import HttptoolsTransport
+
             return HttptoolsTransport()
         case _:
             return None

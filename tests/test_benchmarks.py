@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -123,6 +124,19 @@ def test_micro_benchmarks_are_run_by_pyperf(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "keys: digest" in (tmp_path / "micro.json").read_text()
+
+
+def test_the_profile_says_what_each_stage_costs_in_each_case(tmp_path: Path) -> None:
+    command = [sys.executable, str(BENCHMARKS / "profiling.py"), "--seconds", "0.3", "--connections", "4", "--no-wrk", "--functions", "3"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+    rows = {name: costs for name, *costs in (re.split(r" {2,}", line) for line in done.stdout.splitlines())}
+    assert rows["us of CPU for one call"] == ["hit", "miss", "stream"]
+    provider = [float(cost) for cost in rows["provider: adapter and HTTP client"]]
+    assert provider[0] == 0, "an answer from the cache asks no provider"
+    assert min(provider[1:]) > 0
+    assert "thread aigateway-ledger" in rows
+    assert left_running(tmp_path) == []
 
 
 @pytest.mark.parametrize("arguments", [("--cases", "hits"), ("--rounds", "0"), ("--connections", "many")])
