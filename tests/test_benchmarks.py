@@ -139,6 +139,13 @@ def test_the_profile_says_what_each_stage_costs_in_each_case(tmp_path: Path) -> 
     assert left_running(tmp_path) == []
 
 
+def test_a_hit_is_measured_in_process() -> None:
+    command = [sys.executable, "-W", "error", str(BENCHMARKS / "hit.py"), "--calls", "4", "--rounds", "1", "--tasks", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert [line.split()[:2] for line in done.stdout.splitlines()] == [["/v1/chat/completions", "whole"], ["/complete", "whole"]]
+
+
 @pytest.mark.parametrize("arguments", [("--cases", "hits"), ("--rounds", "0"), ("--connections", "many")])
 def test_wrong_arguments_are_told(arguments: tuple[str, str]) -> None:
     done = bench(*arguments)
