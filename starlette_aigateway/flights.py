@@ -33,13 +33,14 @@ class Flights:
     def __init__(self) -> None:
         self._flights: dict[tuple[int, str], Flight] = {}
 
-    def find(self, key: str) -> Flight | None:
-        return self._flights.get((_loop(), key))
-
-    def take_off(self, key: str) -> Flight:
-        flight = Flight((_loop(), key))
-        self._flights[flight.key] = flight
-        return flight
+    def join(self, key: str) -> tuple[Flight, bool]:
+        """The flight of `key`, and whether it takes off now."""
+        place = id(current_loop()), key
+        flight = self._flights.get(place)
+        if flight is not None:
+            return flight, False
+        flight = self._flights[place] = Flight(place)
+        return flight, True
 
     def land(self, flight: Flight, done: Done | None) -> None:
         """Only once: one whose call was given up has landed when that ends."""
@@ -48,7 +49,3 @@ class Flights:
         del self._flights[flight.key]
         flight.done = done
         flight.landed.set()
-
-
-def _loop() -> int:
-    return id(current_loop())

@@ -246,9 +246,8 @@ class Pipeline:
         key = call.cache_key
         if key is None or not (call.options.cache.read and call.options.cache.store) or not self._s.background.shared:
             return self._served(call, await self._run(call, job, lambda job: self._attempt(call, offer, job)))
-        flight = self._flights.find(key)
-        if flight is None:
-            flight = self._flights.take_off(key)
+        flight, takes_off = self._flights.join(key)
+        if takes_off:
             return self._served(call, await self._run(call, job, lambda job: self._lead(call, offer, flight, job)))
         with anyio.move_on_after(call.deadline - monotonic()):
             await flight.wait()

@@ -95,9 +95,10 @@ class Latch:
 
     def set(self) -> None:
         self.is_set = True
-        for waiting in self._waiting:
-            waiting.ring()
-        self._waiting.clear()
+        if self._waiting:
+            waiting, self._waiting = self._waiting, []
+            for one in waiting:
+                one.ring()
 
     async def wait(self) -> None:
         if not self.is_set:
