@@ -18,6 +18,7 @@ import anyio.to_thread
 from .cache_files import CacheFiles, Entry, reason
 from .cache_purges import Generation
 from .protocols import Clock
+from .wakeup import ring_all, wakeup
 
 OPEN_TIMEOUT = 1.0
 """Seconds that the first read of a process waits for the files to be opened."""
@@ -184,11 +185,8 @@ class DiskResponseCache:
 
 async def wait(done: Future[int], timeout: float | None = None) -> int:
     """The thread's result; 0 after `timeout` seconds without one."""
-
-    def result() -> int:
-        try:
-            return done.result(timeout)
-        except TimeoutError:
-            return 0
-
-    return await anyio.to_thread.run_sync(result, abandon_on_cancel=True)
+    waiting = wakeup()
+    done.add_done_callback(lambda _: ring_all([waiting]))
+    with anyio.move_on_after(timeout):
+        await waiting.wait()
+    return done.result() if done.done() else 0

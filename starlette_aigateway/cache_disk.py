@@ -96,6 +96,7 @@ class OneConnection(Cache):  # type: ignore[misc]  # diskcache ships no types
             self._connection.execute("PRAGMA trusted_schema=OFF")  # planted triggers and views call no function with side effects
             self._connection.execute("PRAGMA synchronous=NORMAL")
             self._connection.execute("PRAGMA journal_size_limit=16777216")
+            self._connection.execute("PRAGMA cache_size=-500")  # KiB, of SQLite's 2,000: what is read often is in the memory tier
         return self._connection
 
     def read(self, key: str) -> bytes | None:

@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import anyio
 import pytest
 from diskcache.core import MODE_BINARY, MODE_PICKLE, MODE_RAW, MODE_TEXT
 
@@ -175,6 +176,15 @@ async def test_the_directory_is_for_this_user_only(directory: Path, clock: FakeC
     directory.chmod(0o755)
     async with await fresh(directory, clock):
         assert directory.stat().st_mode & 0o777 == 0o700
+
+
+async def test_however_many_calls_wait_for_the_files_to_be_opened_one_thread_is_enough(directory: Path, clock: FakeClock) -> None:
+    before = threading.active_count()
+    async with DiskResponseCache(directory, clock=clock) as cache, anyio.create_task_group() as group:
+        for number in range(30):
+            group.start_soon(cache.get, key(str(number)))
+        await cache.flush()
+        assert threading.active_count() <= before + 1
 
 
 async def test_an_answer_survives_a_restart(directory: Path, clock: FakeClock) -> None:
@@ -519,8 +529,6 @@ async def test_the_memory_tier_keeps_what_was_used_last_within_its_bounds(
 
 
 async def test_threads_with_loops_of_their_own_share_one_cache(directory: Path, clock: FakeClock, anyio_backend: str) -> None:
-    import anyio
-
     wrong: list[str] = []
     async with DiskResponseCache(directory, memory_entries=4, clock=clock) as cache:
 
