@@ -12,6 +12,7 @@ import anyio
 
 from .calls import Served
 from .events import Event
+from .patience import within
 from .pipeline import Pipeline
 from .protocols import Observer
 from .streams import AnswerStream
@@ -109,11 +110,16 @@ class ToldPipeline:
 
 async def _tell(observer: Observer, event: Event) -> None:
     try:
-        with anyio.fail_after(OBSERVER_SECONDS):
-            await observer(event)
+        if await within(OBSERVER_SECONDS, _heard(observer, event)) is None:
+            raise TimeoutError
     except anyio.get_cancelled_exc_class() as error:
         if was_cancelled():
             raise
         log.warning("an observer failed: %s", type(error).__name__)
     except Exception as error:  # noqa: BLE001  # an observer is the host's code and must not break the gateway
         log.warning("an observer failed: %s", type(error).__name__)
+
+
+async def _heard(observer: Observer, event: Event) -> bool:
+    await observer(event)
+    return True

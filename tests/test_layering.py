@@ -16,7 +16,7 @@ LAYERS: tuple[dict[str, set[str]], ...] = (
         "protocols": {"protocols"},
         "wakeup": {"wakeup"},
         "entropy": {"entropy"},
-        "deadlines": {"deadlines"},
+        "deadlines": {"deadlines", "patience"},
         "shared_counter": {"shared_counter"},
     },
     {"wires": {"wires"}},

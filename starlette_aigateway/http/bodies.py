@@ -11,7 +11,7 @@ from starlette.types import Receive
 
 from ..errors import InvalidRequest, RequestTimeout, RequestTooLarge, UnsupportedMediaType
 from ..hints import did_you_mean
-from .patience import within
+from ..patience import within
 
 MAX_DIGITS = 18
 MAX_VALUES = 100_000
