@@ -216,7 +216,8 @@ class AuditQuery(Struct, frozen=True, kw_only=True):
 
 class UsageQuery(Struct, frozen=True, kw_only=True):
     """Filters are exact and combined by `and`; the range is half-open, Unix seconds. `group_by` takes `day`, `month`, `model`, `provider`,
-    `principal`, `tenant`, `key`, `outcome`. `cursor` is the `next_cursor` of an earlier page; records come newest first."""
+    `principal`, `tenant`, `key`, `outcome`. `cursor` is the `next_cursor` of an earlier page; records come newest first. Without
+    `totals` nothing has to be summed up: whoever reads page after page has the sums from the first."""
 
     principal: str | None = None
     tenant: str | None = None
@@ -227,6 +228,7 @@ class UsageQuery(Struct, frozen=True, kw_only=True):
     group_by: tuple[str, ...] = ()
     limit: int = 100
     cursor: str | None = None
+    totals: bool = True
 
 
 GROUPINGS = ("day", "month", "model", "provider", "principal", "tenant", "key", "outcome")

@@ -63,6 +63,7 @@ class UsageFilters(TypedDict, total=False):
     group_by: Sequence[str]
     limit: int
     cursor: str | None
+    totals: bool
 
 
 class Bookkeeping:
@@ -91,8 +92,10 @@ class Bookkeeping:
         group_by: Sequence[str] = (),
         limit: int = 100,
         cursor: str | None = None,
+        totals: bool = True,
     ) -> UsageReport:
-        """Totals and groups over what the filters match, and one page of records, newest first. The range is half-open. Where records were
+        """Totals and groups over what the filters match (`totals=False`: only the page), and one page of records, newest first. The range
+        is half-open. Where records were
         rolled up (`retention=`, `prune_usage`) the report says before which midnight: there a range counts by whole UTC days, each as at
         its midnight, and pages have no records."""
         for name, value in (("principal", principal), ("tenant", tenant), ("key_id", key_id), ("model", model), ("cursor", cursor)):
@@ -110,6 +113,7 @@ class Bookkeeping:
             group_by=tuple(group_by),
             limit=page_size(limit),
             cursor=cursor,
+            totals=totals,
         )
         await self.ready()
         return await self._ledger.usage(query)

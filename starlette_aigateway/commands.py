@@ -188,7 +188,7 @@ def usage(data_dir: Path, group_by: str, as_json: bool, as_csv: bool, **filters:
 
         def read(cursor: str | None) -> UsageReport:
             try:
-                reader = UsageReader(UsageQuery(**filters, group_by=names, limit=MAX_PAGE, cursor=cursor), Prices())
+                reader = UsageReader(UsageQuery(**filters, group_by=names, limit=MAX_PAGE, cursor=cursor, totals=cursor is None), Prices())
             except InvalidRequest as error:
                 raise click.BadParameter(error.message, param_hint=f"--{error.param}".replace("_", "-")) from None
             return reader.read(connection)

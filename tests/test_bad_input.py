@@ -7,6 +7,7 @@ import re
 import sqlite3
 from collections.abc import Callable
 from contextlib import closing
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from starlette_aigateway import (
     Limits,
     Price,
     Principal,
+    Retention,
     RetryPolicy,
     Tenant,
     Timeouts,
@@ -67,6 +69,7 @@ WRONG: dict[str, list[Any]] = {
     "idempotency": [True, Lacking()],
     "audit_store": [True, Lacking()],
     "idempotency_policy": [86_400, {}],
+    "retention": [90, timedelta(days=90), Retention],
     "retries": [3, True],
     "public_prices": ["yes", 1, None],
     "default_max_tokens": [0, "5", True, 1.5],

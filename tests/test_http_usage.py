@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from starlette.requests import HTTPConnection
 
-from starlette_aigateway import Limits, Principal, Tenant
+from starlette_aigateway import Limits, Principal, Tenant, UsageReport
+from starlette_aigateway.accounts import UsageQuery
 from starlette_aigateway.http import sheets, usage
 from starlette_aigateway.testing.clock import FakeClock
 
@@ -189,6 +190,23 @@ def test_nothing_that_a_caller_chose_becomes_a_formula(host: Service) -> None:
         assert f"'{formula}" in cells
         assert "'@SUM(1+1)" in cells
         assert not [cell for cell in cells if cell.startswith(("=", "@", "+"))]
+
+
+def test_records_as_csv_sum_nothing_up_page_by_page(host: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(usage, "MAX_PAGE", 2)
+    asked: list[UsageQuery] = []
+    ledger = host.gateway._ledger
+    read = ledger.usage
+
+    async def told(query: UsageQuery) -> UsageReport:
+        asked.append(query)
+        return await read(query)
+
+    monkeypatch.setattr(ledger, "usage", told)
+    for _ in range(5):
+        host.complete(ALICE)
+    assert len(rows(host.call("GET", "/usage", ALICE, params={"format": "csv"}).text)) == 5 + 1
+    assert [query.totals for query in asked] == [False] * 3
 
 
 @given(st.text())

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
+from anyio.to_thread import run_sync
 from starlette.responses import Response, StreamingResponse
 
 from ..accounts import GROUPINGS, UsageReport
@@ -29,16 +31,19 @@ async def usage(exchange: Exchange) -> Response:
     group_by = query.words("group_by", GROUPINGS)
     limit, cursor = query.integer("limit"), query.text("cursor")
 
-    async def read(size: int, after: str | None) -> UsageReport:
-        return await exchange.administration.usage(**filters, group_by=group_by, limit=size, cursor=after)
+    async def read(size: int, after: str | None, *, totals: bool = True) -> UsageReport:
+        return await exchange.administration.usage(**filters, group_by=group_by, limit=size, cursor=after, totals=totals)
 
     if query.word("format", ("json", "csv")) == "json":
-        return exchange.answer(shapes.usage_report(await read(page_size(limit or DEFAULT_LIMIT), cursor)))
+        report = await read(page_size(limit or DEFAULT_LIMIT), cursor)
+        return await run_sync(lambda: exchange.answer(shapes.usage_report(report)))  # 100,000 groups take a third of a second
     headers = {**as_text(exchange.id_headers), "cache-control": "no-store", "content-disposition": 'attachment; filename="usage.csv"'}
     if group_by:
-        return Response(sheets.groups(await read(1, None), group_by), 200, headers, CSV)
-    first = await read(min(limit or MAX_PAGE, MAX_PAGE), cursor)
-    return StreamingResponse(RecordPages(first, read, limit), 200, headers, CSV)
+        report = await read(1, None)
+        return Response(await run_sync(sheets.groups, report, group_by), 200, headers, CSV)
+    pages = partial(read, totals=False)
+    first = await pages(min(limit or MAX_PAGE, MAX_PAGE), cursor)
+    return StreamingResponse(RecordPages(first, pages, limit), 200, headers, CSV)
 
 
 def _filters(exchange: Exchange, query: Query) -> dict[str, Any]:
@@ -87,7 +92,7 @@ class RecordPages:
         report = self._report
         if report is None:
             raise StopAsyncIteration
-        lines = sheets.records(report)
+        lines = await run_sync(sheets.records, report)
         self._report = await self._following(report)
         return lines
 

@@ -22,6 +22,7 @@ from typing import Any
 from ..accounts import (
     UsageQuery,
     UsageRecord,
+    UsageTotals,
 )
 from ..errors import InvalidRequest, SpendCapExceeded
 from ..protocols import Ledger
@@ -161,6 +162,14 @@ class UsageContract:
             ({"month": "2026-04", "model": "m0", "key": None}, 2, 20),
             ({"month": "2026-04", "model": "m1", "key": None}, 2, 20),
         ]
+
+    async def test_who_wants_a_page_alone_gets_nothing_summed_up(self, ledger: Ledger) -> None:
+        for name in "abc":
+            await ledger.record(cached_record(name))
+        whole = await ledger.usage(UsageQuery(limit=2, group_by=("model",)))
+        page = await ledger.usage(UsageQuery(limit=2, group_by=("model",), totals=False))
+        assert (page.data, page.next_cursor) == (whole.data, whole.next_cursor)
+        assert (page.totals, list(page.groups)) == (UsageTotals(), [])
 
     async def test_bad_queries_name_what_is_wrong(self, ledger: Ledger) -> None:
         for query, param in (

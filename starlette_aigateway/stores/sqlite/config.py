@@ -104,6 +104,11 @@ CREATE INDEX actions_on_subject ON admin_actions (subject, id);
 CREATE TRIGGER actions_stay BEFORE UPDATE ON admin_actions BEGIN SELECT RAISE(ABORT, 'admin_actions is append-only'); END;
 CREATE TRIGGER actions_remain BEFORE DELETE ON admin_actions BEGIN SELECT RAISE(ABORT, 'admin_actions is append-only'); END
 """,
+    """
+CREATE INDEX actions_by_actor ON admin_actions (actor, id);
+CREATE INDEX actions_of_kind ON admin_actions (action, id);
+CREATE INDEX actions_by_time ON admin_actions (created_at)
+""",
 )
 """The empty string stands for `any provider` in `prices` and for `shared by all tenants` in `prompts`: neither is an id."""
 

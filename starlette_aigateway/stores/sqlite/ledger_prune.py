@@ -22,7 +22,8 @@ AT_ONCE = 2000
 
 ENTRIES: Final = "SELECT seq, hold, kind, at, amount, day, scopes FROM entries WHERE seq >= ? AND kind IN ({}) ORDER BY seq LIMIT ?"
 HOLD_KINDS: Final = ENTRIES.format("'hold', 'settle', 'release', 'expire', 'adjust'")
-BOUNDS: Final = "SELECT min(0, coalesce(min(seq), 0)), coalesce(max(seq), 0) FROM entries"
+BOUNDS: Final = "SELECT min(0, coalesce((SELECT min(seq) FROM entries), 0)), coalesce((SELECT max(seq) FROM entries), 0)"
+"""Two questions: SQLite answers one for both ends by walking all that lies between."""
 UNFINISHED: Final = """
 SELECT id FROM holds WHERE id IN (SELECT value FROM json_each(?1))
 UNION ALL SELECT value FROM json_each(?2) WHERE EXISTS (SELECT 1 FROM usage WHERE id = value || ?3)
