@@ -5,8 +5,6 @@ from __future__ import annotations
 import base64
 import binascii
 import re
-from collections.abc import Iterator
-from contextlib import suppress
 from urllib.parse import unquote_to_bytes
 
 from starlette.requests import HTTPConnection
@@ -38,18 +36,20 @@ def misplaced_key(connection: HTTPConnection) -> str | None:
     """Where a stored key lies from where none is taken: another scheme (`Basic`), another header, a cookie, the query. None: nowhere."""
     for name, value in connection.headers.raw:
         name = name.lower()
-        pattern = LIKE_A_KEY if name in CARRIERS else SURELY_A_KEY
-        if any(_PREFIX in text and pattern.search(text) for text in _readings(name, value)):
+        if _in_a_carrier(value) if name in CARRIERS else _PREFIX in value and SURELY_A_KEY.search(value):
             return f"the header {name.decode('latin-1')}"
     query: bytes = connection.scope.get("query_string", b"")
-    return "the query string" if SURELY_A_KEY.search(unquote_to_bytes(query)) else None
+    return "the query string" if query and SURELY_A_KEY.search(unquote_to_bytes(query)) else None
 
 
-def _readings(name: bytes, value: bytes) -> Iterator[bytes]:
-    """The value as it came, and the user and password of `Basic` (RFC 7617)."""
-    yield value
-    if name in CARRIERS:
-        scheme, _, rest = value.partition(b" ")
-        if scheme.lower() == b"basic":
-            with suppress(binascii.Error):
-                yield base64.b64decode(rest.strip() + b"==")
+def _in_a_carrier(value: bytes) -> bool:
+    """In the value as it came, or in the user and password of `Basic` (RFC 7617)."""
+    if LIKE_A_KEY.search(value):
+        return True
+    scheme, _, rest = value.partition(b" ")
+    if scheme.lower() != b"basic":
+        return False
+    try:
+        return LIKE_A_KEY.search(base64.b64decode(rest.strip() + b"==")) is not None
+    except binascii.Error:
+        return False
