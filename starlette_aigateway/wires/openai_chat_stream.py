@@ -17,6 +17,7 @@ from . import sse
 from .openai_chat_answer import WIRE, choices, decode_usage, error_facts, is_null, usage_object
 
 DONE = b"data: [DONE]\n\n"
+NEXT_DATA = b"\n\ndata:"
 _NOTHING = Raw(b"")
 _FOLLOWER = Native(WIRE, b"")
 _encoder = msgspec.json.Encoder()
@@ -82,7 +83,7 @@ class EventReader:
             blocks = self._blocks.feed(data)
         except sse.SSEError:
             raise ProviderError("the provider sent an event that is too long") from None
-        if blocks.find(b"\n") == len(blocks) - 2 and _is_plain(blocks):
+        if blocks.startswith(b"data:") and _is_plain(blocks[5:-2]):
             return iter((RawEvents(WIRE, blocks, 1),))
         return self._items(blocks)
 
@@ -93,17 +94,24 @@ class EventReader:
             yield from self._items(event.raw)
 
     def _items(self, blocks: bytes) -> Iterator[StreamItem]:
+        before, *pieces = (b"\n\n" + blocks[:-2]).split(NEXT_DATA)
+        yield from self._chunks(before)
         run: list[bytes] = []
-        for block in blocks.split(b"\n\n"):
-            if b"\n" not in block and _is_plain(block):
-                run.append(block)
+        for piece in pieces:
+            if _is_plain(piece):
+                run.append(piece)
                 continue
             if run:
                 yield _raw(run)
                 run = []
-            event = sse.decode_block(block)
-            if event is None:
-                continue
+            yield from self._chunks(b"data:" + piece)
+            if self.saw_done:
+                return
+        if run:
+            yield _raw(run)
+
+    def _chunks(self, blocks: bytes) -> Iterator[Chunk]:
+        for event in sse.events_of(blocks):
             if _is_done(event):
                 self.saw_done = True
                 return
@@ -111,23 +119,22 @@ class EventReader:
                 if chunk.finish_reason is not None:
                     self.saw_finish = True
                 yield chunk
-        if run:
-            yield _raw(run)
 
 
 def _raw(run: list[bytes]) -> RawEvents:
-    return RawEvents(WIRE, b"\n\n".join([*run, b""]), len(run))
+    """Of what came behind `data:` in each."""
+    return RawEvents(WIRE, b"data:" + NEXT_DATA.join(run) + b"\n\n", len(run))
 
 
-def _is_plain(line: bytes) -> bool:
-    """Whether an event of this one line carries nothing that the gateway needs. What is not JSON, or not as it should be, is judged by its
+def _is_plain(data: bytes) -> bool:
+    """Whether `data` is one line that carries nothing which the gateway needs. What is not JSON, or not as it should be, is judged by its
     bytes."""
-    if not line.startswith(b"data:"):
+    if b"\n" in data:
         return False
     try:
-        _plain_decoder.decode(line[5:])
+        _plain_decoder.decode(data)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        return _says_nothing(line)
+        return _says_nothing(data)
     return True
 
 
