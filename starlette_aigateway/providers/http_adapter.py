@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import time
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from importlib.metadata import version
 from types import TracebackType
@@ -162,7 +162,7 @@ class UpstreamAnswer:
         self._name = name
         self._answer = answer
         self._wire = wire
-        self._events: AsyncGenerator[StreamItem, None] | None = None
+        self._events: Events | None = None
 
     async def completion(self) -> Completion:
         body = await self._answer.read(MAX_ANSWER_BYTES)
@@ -177,31 +177,60 @@ class UpstreamAnswer:
 
     def events(self) -> AsyncIterator[StreamItem]:
         if self._events is None:
-            self._events = self._read_events()
+            self._events = Events(self._name, self._answer, self._wire.event_reader())
         return self._events
 
     async def aclose(self) -> None:
         if self._events is not None:
             await self._events.aclose()
 
-    async def _read_events(self) -> AsyncGenerator[StreamItem, None]:
-        reader = self._wire.event_reader()
-        chunks = self._answer.chunks()
+
+class Events:
+    """The items of a stream as its bytes come. A class: the event loop keeps a list of generators, and puts each of them on it."""
+
+    __slots__ = ("_answer", "_chunks", "_items", "_name", "_over", "_reader")
+
+    def __init__(self, name: str, answer: HTTPAnswer, reader: EventReader) -> None:
+        self._name = name
+        self._answer = answer
+        self._chunks = answer.chunks()
+        self._reader = reader
+        self._items: Iterator[StreamItem] = iter(())
+        self._over = False
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> StreamItem:
+        while (item := next(self._items, None)) is None:
+            if self._over:
+                raise StopAsyncIteration
+            if self._reader.saw_done:
+                self._over = True
+                await _read_last_bytes(self._chunks)
+            else:
+                await self._read()
+        return item
+
+    async def _read(self) -> None:
         try:
-            async for data in chunks:
-                for item in reader.feed(data):
-                    yield item
-                if reader.saw_done:
-                    await _read_last_bytes(chunks)
-                    return
-        finally:
-            close = getattr(chunks, "aclose", None)  # a transport's iterator need not be a generator
-            if close is not None:
-                await close()
-        for item in reader.close():
-            yield item
-        if not reader.complete:
+            data = await self._chunks.__anext__()
+        except StopAsyncIteration:
+            self._over = True
+            self._items = self._last()
+        else:
+            self._items = self._reader.feed(data)
+
+    def _last(self) -> Iterator[StreamItem]:
+        yield from self._reader.close()
+        if not self._reader.complete:
             raise ProviderError(f"the stream of the provider {self._name} was cut short", status=self._answer.status)
+
+    async def aclose(self) -> None:
+        self._over = True
+        close = getattr(self._chunks, "aclose", None)  # a transport's iterator need not be a generator
+        if close is not None:
+            await close()
 
 
 async def _read_last_bytes(chunks: AsyncIterator[bytes]) -> None:
