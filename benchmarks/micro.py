@@ -33,9 +33,9 @@ from comparison.upstream import ANSWER, event_lines
 from starlette_aigateway.accounts import GATEWAY_SCOPE, Hold, HoldRequest, ScopeClaim, Settlement, principal_scope
 from starlette_aigateway.policy import budgets, caching, estimate, keys, metering, pricing, windows
 from starlette_aigateway.stores.sqlite.connection import connect
-from starlette_aigateway.stores.sqlite.ledger_batch import BatchWriter
 from starlette_aigateway.stores.sqlite.ledger_ops import Reserve, Settle
 from starlette_aigateway.stores.sqlite.ledger_schema import SCHEMA, Prices
+from starlette_aigateway.stores.sqlite.ledger_writer import BatchWriter
 from starlette_aigateway.types import Answer, Caps, CompletionRequest, Price, Usage, WindowClaim
 from starlette_aigateway.wires import openai_chat, sse
 
@@ -186,6 +186,7 @@ class Batches:
             if isinstance(outcome, Exception):
                 raise outcome
         self._connection.execute("COMMIT")
+        self._writer.committed()
 
 
 def ledger() -> Benchmarks:

@@ -31,9 +31,9 @@ from starlette_aigateway.policy.keys import mint_id
 from starlette_aigateway.policy.pricing import cost
 from starlette_aigateway.providers import EchoProvider
 from starlette_aigateway.stores.sqlite.connection import connect
-from starlette_aigateway.stores.sqlite.ledger_batch import BatchWriter
 from starlette_aigateway.stores.sqlite.ledger_ops import Op, Record, Release, Reserve, Settle
 from starlette_aigateway.stores.sqlite.ledger_schema import SCHEMA, Prices
+from starlette_aigateway.stores.sqlite.ledger_writer import BatchWriter
 from starlette_aigateway.types import Caps, Price
 
 DAY = 86_400.0

@@ -138,7 +138,11 @@ def test_whatever_happens_to_a_hold_the_books_add_up(books: Books, held: int, bo
     for key, (spent, holding, open_holds) in before.items():
         balance = books.balances[key]
         assert (balance.spent, balance.held, balance.open) == (spent + late, holding, open_holds)
-        assert balance.changes == (late, 0, 0)
+    changed = {(scope, period) for scope in SCOPES for period in TODAY} if late else set()
+    changes = books.changes()
+    assert {(scope, period): added for scope, period, *added in changes} == {pair: [late, 0, 0] for pair in changed}
+    assert len(changes) == len(changed)
+    assert books.changes() == []
 
 
 def test_only_the_lifetime_counts_open_holds() -> None:

@@ -15,11 +15,13 @@ from starlette_aigateway.accounts import GATEWAY_SCOPE, ScopeClaim, UsageQuery, 
 from starlette_aigateway.errors import ConfigurationError, InvalidArgument, StorageUnavailable
 from starlette_aigateway.stores.sqlite.connection import connect
 from starlette_aigateway.stores.sqlite.ledger import SQLiteLedger
-from starlette_aigateway.stores.sqlite.ledger_batch import Batch, BatchWriter
-from starlette_aigateway.stores.sqlite.ledger_load import LOAD, Touched
+from starlette_aigateway.stores.sqlite.ledger_batch import Batch
+from starlette_aigateway.stores.sqlite.ledger_load import LOAD, LOOK_UP, LOOK_UP_ONE, Touched
+from starlette_aigateway.stores.sqlite.ledger_memory import TAKEN_SEQS, Memory
 from starlette_aigateway.stores.sqlite.ledger_ops import Expire, Reserve, Settle
 from starlette_aigateway.stores.sqlite.ledger_schema import SCHEMA, HoldFacts, Prices, as_json
 from starlette_aigateway.stores.sqlite.ledger_usage import UsageReader
+from starlette_aigateway.stores.sqlite.ledger_writer import BatchWriter
 from starlette_aigateway.testing.ledger import LedgerContract
 from starlette_aigateway.testing.ledger_kit import (
     ACME,
@@ -468,7 +470,10 @@ async def test_a_ledger_of_the_first_release_is_brought_up_to_date_with_its_open
 async def test_a_batch_reads_no_table_from_end_to_end(path: Path, ledger: SQLiteLedger, table: str) -> None:
     await eventful(ledger)
     connection = sqlite3.connect(path)
-    touched = Touched([Reserve(hold_request("x"), None, NOON), Settle("use_open", completed(1), NOON)], 0)
-    plan = [row[3] for row in connection.execute(f"EXPLAIN QUERY PLAN {LOAD}", touched.parameters)]
+    touched = Touched([Reserve(hold_request("x"), None, NOON), Settle("use_open", completed(1), NOON)], Memory())
+    plan = [row[3] for row in connection.execute(f"EXPLAIN QUERY PLAN {LOAD}", touched.parameters())]
+    plan += [row[3] for row in connection.execute(f"EXPLAIN QUERY PLAN {LOOK_UP}", {"holds": "[]", "records": "[]"})]
+    plan += [row[3] for row in connection.execute(f"EXPLAIN QUERY PLAN {LOOK_UP_ONE}", ("a",))]
+    plan += [row[3] for row in connection.execute(f"EXPLAIN QUERY PLAN {TAKEN_SEQS}", ("[]",))]
     connection.close()
     assert not [step for step in plan if step.startswith(f"SCAN {table}")], plan

@@ -24,11 +24,11 @@ from starlette_aigateway.stores.sqlite import ledger as ledger_module
 from starlette_aigateway.stores.sqlite import ledger_prune, ledger_rollups
 from starlette_aigateway.stores.sqlite.connection import connect
 from starlette_aigateway.stores.sqlite.ledger import SQLiteLedger
-from starlette_aigateway.stores.sqlite.ledger_batch import BatchWriter
 from starlette_aigateway.stores.sqlite.ledger_check import audit
 from starlette_aigateway.stores.sqlite.ledger_ops import Op, Prune, Pruned, RollUp
 from starlette_aigateway.stores.sqlite.ledger_schema import DAY_STEP, SCHEMA, Prices
 from starlette_aigateway.stores.sqlite.ledger_usage import UsageReader
+from starlette_aigateway.stores.sqlite.ledger_writer import BatchWriter
 from starlette_aigateway.testing.ledger_kit import DAY, LEASE, NOON, assert_clean, cached_record, completed, hold_request, records
 from starlette_aigateway.testing.ledger_rollups import FILTERS, GROUPINGS, MIDNIGHT, figures, lively
 

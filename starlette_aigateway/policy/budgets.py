@@ -70,22 +70,47 @@ def resets_at(window: Window, periods: Periods) -> datetime | None:
 
 
 class Balance:
-    """One scope in one period. `spent`, `held` and `open` (the number of open holds, in the lifetime only) are as they will be; the
-    `base_` ones as they were read. `told` is the highest threshold in percent that was told. `known` is false where they were not read
-    and only the changes mean something."""
+    """One scope in one period, as it will be. `open` is the number of open holds, in the lifetime only. `told` is the highest threshold in
+    percent that was told. `known` is false where it was not read."""
 
-    __slots__ = ("base_held", "base_open", "base_spent", "held", "known", "open", "spent", "told")
+    __slots__ = ("held", "known", "open", "spent", "told")
 
     def __init__(self, spent: int = 0, held: int = 0, open_holds: int = 0, told: int = 0, *, known: bool = True) -> None:
-        self.spent = self.base_spent = spent
-        self.held = self.base_held = held
-        self.open = self.base_open = open_holds
+        self.spent = spent
+        self.held = held
+        self.open = open_holds
         self.told = told
         self.known = known
 
-    @property
-    def changes(self) -> tuple[int, int, int]:
-        return self.spent - self.base_spent, self.held - self.base_held, self.open - self.base_open
+
+class Group:
+    """The balances of some scopes in some periods, those of them in their lifetimes, and what was added to each of them."""
+
+    __slots__ = ("changed", "everywhere", "held", "lifetimes", "open", "pairs", "spent")
+
+    def __init__(self, pairs: list[tuple[str, str]], everywhere: list[Balance], lifetimes: list[Balance]) -> None:
+        self.pairs = pairs
+        self.everywhere = everywhere
+        self.lifetimes = lifetimes
+        self.spent = self.held = self.open = 0
+        self.changed = False
+
+    def add(self, spent: int, held: int, opened: int) -> None:
+        self.spent += spent
+        self.held += held
+        self.open += opened
+        for balance in self.everywhere:
+            balance.spent += spent
+            balance.held += held
+        for balance in self.lifetimes:
+            balance.open += opened
+
+    def take(self) -> tuple[int, int, int]:
+        """What was added since this was last asked."""
+        added = self.spent, self.held, self.open
+        self.spent = self.held = self.open = 0
+        self.changed = False
+        return added
 
 
 class Books:
@@ -96,7 +121,9 @@ class Books:
         self.caps: dict[str, Caps] = {}
         self.credits: dict[str, int] = {}
         self.next_lease_end: float | None = None
-        self._groups: dict[tuple[tuple[str, ...], Periods], tuple[list[Balance], list[Balance]]] = {}
+        self._groups: dict[tuple[tuple[str, ...], Periods], Group] = {}
+        self._changed: list[Group] = []
+        self._unknown: list[tuple[str, str]] = []
 
     def known(self, scope: str, period: str) -> Balance:
         """A balance to decide on. Raises `LookupError` where it was not read: a decision on it would be a guess."""
@@ -113,37 +140,54 @@ class Books:
         return raised(self.caps_of(claim), self.credits.get(claim.scope, 0))
 
     def hold(self, scopes: tuple[str, ...], periods: Periods, amount: int) -> None:
-        everywhere, lifetimes = self._touched(scopes, periods)
-        for balance in everywhere:
-            balance.held += amount
-        for balance in lifetimes:
-            balance.open += 1
+        self._touched(scopes, periods).add(0, amount, 1)
 
     def resolve(self, scopes: tuple[str, ...], periods: Periods, *, held: int, booked: int) -> None:
-        everywhere, lifetimes = self._touched(scopes, periods)
-        for balance in everywhere:
-            balance.held -= held
-            balance.spent += booked
-        for balance in lifetimes:
-            balance.open -= 1
+        self._touched(scopes, periods).add(booked, -held, -1)
 
     def adjust(self, scopes: tuple[str, ...], periods: Periods, difference: int) -> None:
-        for balance in self._touched(scopes, periods)[0]:
-            balance.spent += difference
+        self._touched(scopes, periods).add(difference, 0, 0)
 
-    def _touched(self, scopes: tuple[str, ...], periods: Periods) -> tuple[list[Balance], list[Balance]]:
-        """The balances of all periods, and those of the lifetime alone; the holds of a batch have few different scopes."""
-        found = self._groups.get((scopes, periods))
-        if found is None:
+    def changes(self) -> list[tuple[str, str, int, int, int]]:
+        """Scope, period, and what was added to `spent`, `held` and `open` since this was last asked. What was not read is forgotten."""
+        totals: dict[tuple[str, str], tuple[int, int, int]] = {}
+        for group in self._changed:
+            spent, held, opened = group.take()
+            for pair in group.pairs:
+                so_far = totals.get(pair, UNCHANGED)
+                totals[pair] = so_far[0] + spent, so_far[1] + held, so_far[2] + (0 if pair[1] else opened)
+        self._changed = []
+        if self._unknown:
+            self._forget_unknown()
+        return [(*pair, *total) for pair, total in totals.items() if total != UNCHANGED]
+
+    def _forget_unknown(self) -> None:
+        for pair in self._unknown:
+            del self.balances[pair]
+        self._unknown = []
+        self._groups = {}
+
+    def _touched(self, scopes: tuple[str, ...], periods: Periods) -> Group:
+        """A group that is about to change. There are few of them: most holds are of the same scopes."""
+        group = self._groups.get((scopes, periods))
+        if group is None:
             everywhere = [self._changeable(scope, period) for scope in scopes for period in periods]
-            found = self._groups[scopes, periods] = everywhere, [self.balances[scope, ""] for scope in scopes]
-        return found
+            pairs = [(scope, period) for scope in scopes for period in periods]
+            group = self._groups[scopes, periods] = Group(pairs, everywhere, [self.balances[scope, ""] for scope in scopes])
+        if not group.changed:
+            group.changed = True
+            self._changed.append(group)
+        return group
 
     def _changeable(self, scope: str, period: str) -> Balance:
         balance = self.balances.get((scope, period))
         if balance is None:
             balance = self.balances[scope, period] = Balance(known=False)
+            self._unknown.append((scope, period))
         return balance
+
+
+UNCHANGED = (0, 0, 0)
 
 
 def raised(caps: Caps, credit: int) -> Caps:
@@ -212,8 +256,8 @@ def check_settlement(settlement: Settlement) -> None:
         raise InvalidArgument(f"a settlement books between 0 and {MAX_AMOUNT} nano-USD", param="amount")
 
 
-def grant(request: HoldRequest, books: Books, periods: Periods, now: float) -> int:
-    """How much `request` gets; it changes nothing.
+def grant(request: HoldRequest, books: Books, periods: Periods, now: float, under: Sequence[Caps] | None = None) -> int:
+    """How much `request` gets `under` the caps of its scopes, those that hold now where none are given; it changes nothing.
 
     `admission` has to fit below every cap of every scope; then the grant is what is wanted, as far as the
     tightest cap affords. Raises `SpendCapExceeded` where a cap refuses for good, else `TooManyParallelRequests`, else `SpendCapHeld`;
@@ -221,8 +265,7 @@ def grant(request: HoldRequest, books: Books, periods: Periods, now: float) -> i
     """
     refusals: list[Refusal] = []
     amount = request.wanted
-    for claim in request.scopes:
-        caps = books.raised_caps(claim)
+    for claim, caps in zip(request.scopes, under or map(books.raised_caps, request.scopes), strict=True):
         if caps is NO_CAPS:
             continue
         if not request.bounded and caps != NO_CAPS:

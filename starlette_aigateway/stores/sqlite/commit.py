@@ -64,6 +64,7 @@ class GroupCommit(Generic[Op, Result]):
 
     Opens nothing before the first `run`, and opens anew in a forked child. Raises `StorageUnavailable` when the database cannot be
     written within `timeout` seconds. With a `witness`, also when it is not the file any more that was opened. Commits are told to `mark`.
+    `committed` is called on the writer's thread after each transaction that went well.
     """
 
     def __init__(
@@ -76,6 +77,7 @@ class GroupCommit(Generic[Op, Result]):
         timeout: float = 5.0,
         witness: Witness | None = None,
         mark: CommitMark | None = None,
+        committed: Callable[[], object] | None = None,
     ) -> None:
         self._connect = connect
         self._apply = apply
@@ -83,6 +85,7 @@ class GroupCommit(Generic[Op, Result]):
         self._lock_file = lock_file if witness is None else witness.lock_file
         self._witness = witness
         self._mark = mark
+        self._committed = committed
         self._timeout = timeout
         self._pid = os.getpid()
         self._guard = threading.Lock()
@@ -134,7 +137,7 @@ class GroupCommit(Generic[Op, Result]):
         with self._guard:
             if self._writer is None:
                 lock = LockFile(self._lock_file, self._name, self._timeout)
-                self._writer = _Writer(self._connect, self._apply, self._name, lock, self._witness, self._mark)
+                self._writer = _Writer(self._connect, self._apply, self._name, lock, self._witness, self._mark, self._committed)
             self._writer.put(waiters)
 
     def _forget_parent(self) -> None:
@@ -158,10 +161,12 @@ class _Writer(Generic[Op, Result]):
         lock: LockFile,
         witness: Witness | None,
         mark: CommitMark | None,
+        committed: Callable[[], object] | None,
     ) -> None:
         self.lock = lock
         self._witness = witness
         self._mark = mark
+        self._committed = committed
         self._identity: Identity = None
         self._unnoted_since: float | None = None
         self._connect = connect
@@ -275,6 +280,8 @@ class _Writer(Generic[Op, Result]):
             if connection.in_transaction:
                 connection.execute("ROLLBACK")
             raise
+        if self._committed is not None:
+            self._committed()
         return outcomes
 
     def _end(self, connection: sqlite3.Connection) -> None:

@@ -29,7 +29,6 @@ from ...policy.budgets import (
 from ...types import Caps, Usage
 from .commit import GroupCommit
 from .connection import Durability, connect, look_for_damage
-from .ledger_batch import BatchWriter
 from .ledger_budgets import read_budgets
 from .ledger_check import audit
 from .ledger_credits import find_credit, list_credits
@@ -56,6 +55,7 @@ from .ledger_ops import (
 )
 from .ledger_schema import LAST_ENTRY, SCHEMA, Prices
 from .ledger_usage import UsageReader
+from .ledger_writer import BatchWriter
 from .readers import Readers
 from .witness import Witness
 
@@ -95,6 +95,7 @@ class SQLiteLedger:
             name="ledger",
             timeout=timeout,
             witness=self._witness,
+            committed=self._writer.committed,
         )
         self._readers = Readers(self._connect, "ledger")
         self._listeners: list[Callable[[BudgetReached], None]] = []

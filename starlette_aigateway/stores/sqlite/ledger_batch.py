@@ -7,19 +7,28 @@ are one statement with one row, and the writes are inserts of many rows at once.
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from math import inf
 from typing import Final
 
-from msgspec.structs import replace
-
-from ...accounts import Credit, Hold, HoldRequest, UsageRecord
-from ...errors import AIGatewayError, InvalidArgument, RequestError
+from ...accounts import Hold, HoldRequest, UsageRecord
+from ...errors import AIGatewayError, RequestError, SpendCapHeld
 from ...events import BudgetReached
-from ...policy.budgets import Balance, Books, Periods, day_number, grant, periods_from, periods_of
+from ...policy.budgets import Periods, day_number, grant, periods_from, periods_of
 from ...types import NO_CAPS, Caps, Usage
-from .ledger_credits import MAX_SUM, find_credit, running_credit
-from .ledger_inserts import CHANGE_BALANCES, INSERT_CAPS, INSERT_CREDITS, INSERT_ENTRIES, INSERT_HOLDS, INSERT_USAGE
-from .ledger_load import LOAD, Touched, decode_balances, decode_caps, decode_credits, decode_holds, decode_names, decode_seqs
+from .ledger_credits import CreditDesk
+from .ledger_inserts import CHANGE_BALANCES, INSERT_CAPS, INSERT_ENTRIES, INSERT_HOLDS, INSERT_USAGE, delete_holds
+from .ledger_load import (
+    LOAD,
+    NEXT_LEASE_END,
+    Touched,
+    decode_balances,
+    decode_caps,
+    decode_credits,
+    decode_holds,
+    decode_names,
+)
+from .ledger_memory import Memory
 from .ledger_ops import (
     AddCredit,
     EndCredit,
@@ -32,24 +41,20 @@ from .ledger_ops import (
     Release,
     Renew,
     Reserve,
-    Result,
     RollUp,
     SetCaps,
     Settle,
-    Told,
 )
 from .ledger_prune import prune
 from .ledger_rollups import roll_up
 from .ledger_schema import (
     ADJUSTED,
     NO_USAGE,
-    SEQ_STEP,
     USAGE_COLUMNS,
     HoldFacts,
     Limit,
     Prices,
     Row,
-    RunningCredit,
     as_json,
     facts_of,
     record_from,
@@ -63,59 +68,31 @@ KEEP_EXPIRED = 7 * 86_400.0
 """Seconds that an expired hold waits for a late settlement."""
 
 
-DELETE_HOLDS: Final = "DELETE FROM holds WHERE id IN (SELECT value FROM json_each(?))"
 FORGET_HOLDS: Final = "DELETE FROM holds WHERE expired = 1 AND expires_at < ?"
 
-END_CREDIT: Final = "UPDATE credits SET ended_at = ? WHERE id = ? AND ended_at IS NULL"
 RECORDS: Final = f"SELECT {USAGE_COLUMNS} FROM usage WHERE id IN (SELECT value FROM json_each(?))"  # noqa: S608  # a constant
-TAKEN_SEQS: Final = """
-SELECT '[' || group_concat((SELECT max(seq) FROM usage WHERE seq >= value AND seq < value + 1048576)) || ']' FROM json_each(?)
-"""
-
-
-class BatchWriter:
-    """Applies batches; knows nothing from one to the next but the latest day that it read, which saves a second load. `thresholds` are
-    the percents of a cap that are told."""
-
-    def __init__(self, prices: Prices, thresholds: Sequence[int] = ()) -> None:
-        self._prices = prices
-        self._thresholds = thresholds
-        self._day = 0
-
-    def apply(self, connection: sqlite3.Connection, ops: Sequence[Op]) -> Sequence[Result | AIGatewayError]:
-        batch = Batch(connection, ops, self._prices, self._thresholds)
-        self._day = batch.load(self._day)
-        outcomes = [batch.decide(op) for op in ops]
-        batch.flush()
-        reached = batch.reached()
-        if reached:
-            return [*outcomes[:-1], Told(outcomes[-1], reached)]
-        return outcomes
-
-    def probe(self, connection: sqlite3.Connection, op: Reserve) -> Hold:
-        """What `op` would be granted in a batch of its own; nothing is written. For any thread."""
-        batch = Batch(connection, [op], self._prices)
-        batch.load(0)
-        outcome = batch.decide(op)
-        if isinstance(outcome, AIGatewayError):
-            raise outcome
-        assert isinstance(outcome, Hold)
-        return outcome
 
 
 class Batch:
     """What is known of everything that the operations touch, and what they change."""
 
-    def __init__(self, connection: sqlite3.Connection, ops: Sequence[Op], prices: Prices, thresholds: Sequence[int] = ()) -> None:
+    def __init__(
+        self, connection: sqlite3.Connection, ops: Sequence[Op], prices: Prices, memory: Memory, thresholds: Sequence[int] = ()
+    ) -> None:
         self._connection = connection
         self._ops = ops
         self._prices = prices
-        self._books = Books()
+        self._memory = memory
+        self._books = memory.books
+        self._holds = memory.holds
+        self.lasting = True
+        """Whether the memory is still right after this batch."""
+        self._now = 0.0
+        self._leases_read = False
         self._day = 0
         self._stored_day = 0
         self._periods: dict[str, Periods] = {}
         self._today: tuple[int, Periods] | None = None
-        self._holds: dict[str, HoldFacts] = {}
         self._records: dict[str, tuple[UsageRecord, int]] = {}
         self._expired: list[UsageRecord] = []
         self._changed_holds: dict[str, HoldFacts] = {}
@@ -123,44 +100,47 @@ class Batch:
         self._entries: list[Row] = []
         self._new_records: list[tuple[UsageRecord, str | None, int]] = []
         self._new_caps: dict[str, Caps] = {}
-        self._credits: dict[str, list[RunningCredit]] = {}
-        self._new_credits: list[Credit] = []
-        self._ended_credits: list[tuple[float, str]] = []
+        self._credits = CreditDesk(connection, memory, self._entries)
         self._watch = Watch(thresholds)
         self._forget_before: float | None = None
         self._pinged = False
 
-    def load(self, likely_day: int) -> int:
-        """Reads all that the operations name. Returns the latest day that is stored; where it is not the `likely_day`, the periods
-        that were read for were the wrong ones, and all is read again."""
-        touched = Touched(self._ops, likely_day)
-        stored, holds, due, next_lease_end, balances, caps, running, records = self._connection.execute(LOAD, touched.parameters).fetchone()
-        if stored > likely_day:
-            return self.load(stored)
-        self._day = max(likely_day, stored)
-        self._stored_day = stored
-        self._books.next_lease_end = next_lease_end
-        for pair in touched.pairs:
-            self._books.balances[pair] = Balance()
-        for scope, period, *figures in decode_balances(balances):
-            self._books.balances[scope, period] = Balance(*figures)
-        for scope, day, month, total in decode_caps(caps):
-            self._books.caps[scope] = Caps(day, month, total)
-        for credit in decode_credits(running):
-            self._run(credit)
-        for facts in decode_holds(holds) if holds else ():
-            self._holds[facts.id] = facts
-        self._load_records(touched.resolving, decode_names(records))
+    def load(self) -> None:
+        """Reads all that the operations name and that is not known."""
+        touched = Touched(self._ops, self._memory)
+        if touched.whole:
+            self._load_whole(touched)
+            return
+        self._stored_day = self._day = self._memory.day
+        self._now = touched.now
+        self._take_named(touched, *touched.look_up(self._connection))
+
+    def _load_whole(self, touched: Touched) -> None:
+        """Where the latest day that is stored is after the likely one, all was read for the wrong periods, and is read again."""
+        memory, parameters = self._memory, touched.parameters()
+        holds, records, stored, due, lease_end, balances, caps, running = self._connection.execute(LOAD, parameters).fetchone()
+        if stored > memory.day:
+            memory.day = stored
+            self.load()
+            return
+        self._stored_day, self._day, self._now = stored, memory.day, touched.now
+        memory.know(touched.pairs, decode_balances(balances))
+        memory.know_scopes(touched.claimed, touched.capped, decode_caps(caps), decode_credits(running))
+        self._books.next_lease_end, self._leases_read = lease_end, True
+        memory.lease_end = inf if lease_end is None else lease_end
+        self._take_named(touched, holds, records)
         if due:
             self._expire([facts for facts in decode_holds(due) if facts.id not in touched.resolving], touched.now)
         if due or touched.expiring:
             self._forget_before = touched.now - KEEP_EXPIRED
-        return int(stored)
+            self.lasting = False
 
-    def _load_records(self, resolving: Iterable[str], known: list[str]) -> None:
+    def _take_named(self, touched: Touched, holds: str | None, records: str | None) -> None:
         """Records are read only for what is done a second time, which is rare."""
-        missing = [hold_id for hold_id in resolving if hold_id not in self._holds]
-        names = known + missing + [hold_id + ADJUSTED for hold_id in missing]
+        for facts in decode_holds(holds) if holds else ():
+            self._holds[facts.id] = facts
+        missing = [hold_id for hold_id in touched.missing if hold_id not in self._holds]
+        names = (decode_names(records) if records else []) + missing + [hold_id + ADJUSTED for hold_id in missing]
         if names:
             for row in self._connection.execute(RECORDS, (as_json(names),)).fetchall():
                 self._records[row[1]] = record_from(row, self._prices), row[-1]
@@ -185,7 +165,8 @@ class Batch:
         return None
 
     def _keep_house(self, op: Op) -> Outcome:
-        """What is no part of a call."""
+        """What is no part of a call, and may change more than it says."""
+        self.lasting = False
         match op:
             case Expire():
                 expired, self._expired = self._expired, []
@@ -193,9 +174,9 @@ class Batch:
             case SetCaps():
                 self._books.caps[op.scope] = self._new_caps[op.scope] = op.caps
             case AddCredit():
-                return self._add_credit(op.credit)
+                return self._credits.add(op.credit)
             case EndCredit():
-                return self._end_credit(op)
+                return self._credits.end(op.credit_id, op.now)
             case Prune():
                 return prune(self._connection, op)
             case RollUp():
@@ -224,28 +205,40 @@ class Batch:
         if self._today is None or self._today[0] != day:
             self._today = day, periods_of(day)
         periods = self._today[1]
-        self._lapse(request, op.now)
+        self._credits.lapse(request, op.now)
         caps = [self._books.raised_caps(claim) for claim in request.scopes]
         for claim, cap in zip(request.scopes, caps, strict=True):
             self._watch.add(claim.scope, periods, cap)
-        amount, would_refuse = self._granted(request, periods, op.now)
+        amount, would_refuse = self._granted(request, periods, op.now, caps)
         made_at = op.now if day == today else day * 86_400.0
         facts = facts_of(request, op.price, amount=amount, day=periods.day, made_at=made_at, caps=caps, would_refuse=would_refuse)
         self._books.hold(facts.scopes, periods, amount)
         self._holds[facts.id] = self._changed_holds[facts.id] = facts
+        self._memory.lease_end = min(self._memory.lease_end, request.expires_at)
         limits = as_json(self._limits(request, enforced=request.enforce))
         self._entries.append((facts.id, "hold", made_at, amount, periods.day, limits, op.price))
         return facts.hold
 
-    def _granted(self, request: HoldRequest, periods: Periods, now: float) -> tuple[int, str | None]:
+    def _granted(self, request: HoldRequest, periods: Periods, now: float, caps: Sequence[Caps]) -> tuple[int, str | None]:
         """The amount; and where limits are only reported, the code of the refusal that it passed over."""
         try:
-            afforded = grant(request, self._books, periods, now)
+            afforded = self._afforded(request, periods, now, caps)
         except RequestError as refusal:
             if request.enforce:
                 raise
             return request.wanted, request.would_refuse or refusal.code
         return afforded if request.enforce else request.wanted, request.would_refuse
+
+    def _afforded(self, request: HoldRequest, periods: Periods, now: float, caps: Sequence[Caps]) -> int:
+        """The leases are read only where a refusal says when one ends."""
+        try:
+            return grant(request, self._books, periods, now, caps)
+        except SpendCapHeld:
+            if self._leases_read:
+                raise
+        (self._books.next_lease_end,) = self._connection.execute(NEXT_LEASE_END, (self._now,)).fetchone()
+        self._leases_read = True
+        return grant(request, self._books, periods, now, caps)
 
     def _limits(self, request: HoldRequest, *, enforced: bool) -> list[Limit]:
         """Where limits are only reported, a grant was made under none, and breaks none."""
@@ -322,49 +315,6 @@ class Batch:
             for scope, caps in zip(facts.scopes, facts.caps, strict=True):
                 self._watch.add(scope, periods, caps)
 
-    # -- credits -----------------------------------------------------------------------------------------------------------
-
-    def _run(self, credit: RunningCredit) -> None:
-        self._credits.setdefault(credit.scope, []).append(credit)
-        self._books.credits[credit.scope] = self._books.credits.get(credit.scope, 0) + credit.amount
-
-    def _lapse(self, request: HoldRequest, now: float) -> None:
-        """Takes back what is over. For good: a clock that steps back finds it ended."""
-        for claim in request.scopes:
-            for credit in self._credits.get(claim.scope, ())[:]:
-                if credit.expires_at <= now:
-                    self._end(credit, now)
-
-    def _end(self, credit: RunningCredit, now: float) -> None:
-        running = self._credits.get(credit.scope, [])
-        if credit in running:
-            running.remove(credit)
-            self._books.credits[credit.scope] -= credit.amount
-        self._ended_credits.append((now, credit.id))
-        self._entries.append((credit.id, "credit", now, -credit.amount, None, as_json([credit.scope]), None))
-
-    def _add_credit(self, credit: Credit) -> Credit:
-        known = find_credit(self._connection, credit.id) or next((new for new in self._new_credits if new.id == credit.id), None)
-        if known is not None:
-            return known
-        waiting = sum(new.amount for new in self._new_credits if new.scope == credit.scope)
-        if running_credit(self._connection, credit.scope, credit.created_at) + waiting + credit.amount > MAX_SUM:
-            raise InvalidArgument(f"the running credits of one scope are at most {MAX_SUM} nano-USD together", param="amount")
-        self._new_credits.append(credit)
-        self._entries.append((credit.id, "credit", credit.created_at, credit.amount, None, as_json([credit.scope]), None))
-        self._run(RunningCredit(credit.id, credit.scope, credit.amount, credit.expires_at))
-        return credit
-
-    def _end_credit(self, op: EndCredit) -> Credit | None:
-        known = find_credit(self._connection, op.credit_id) or next((new for new in self._new_credits if new.id == op.credit_id), None)
-        if known is None or known.ended_at is not None:
-            return known
-        gone = next((at for at, name in self._ended_credits if name == op.credit_id), None)
-        if gone is None:
-            gone = op.now
-            self._end(RunningCredit(known.id, known.scope, known.amount, known.expires_at), op.now)
-        return replace(known, ended_at=gone)
-
     def _periods_of(self, facts: HoldFacts) -> Periods:
         periods = self._periods.get(facts.day)
         if periods is None:
@@ -391,24 +341,30 @@ class Batch:
         if facts is None or facts.expired:
             return False
         facts.expires_at = op.expires_at
+        self._memory.lease_end = min(self._memory.lease_end, op.expires_at)
         self._changed_holds[facts.id] = facts
         return True
 
     def flush(self) -> None:
         connection = self._connection
         if self._gone_holds:
-            connection.execute(DELETE_HOLDS, (as_json(self._gone_holds),))
-        INSERT_HOLDS(connection, [(f.id, f.expires_at, f.expired, as_json(f)) for f in self._changed_holds.values()])
+            delete_holds(connection, self._gone_holds)
+        if self._changed_holds:
+            INSERT_HOLDS(connection, [(f.id, f.expires_at, f.expired, as_json(f)) for f in self._changed_holds.values()])
         INSERT_ENTRIES(connection, self._entries)
         if self._new_records:
             INSERT_USAGE(connection, self._usage_rows())
-        INSERT_CREDITS(connection, [(c.id, c.scope, c.amount, c.created_at, c.expires_at, c.actor, c.note) for c in self._new_credits])
-        connection.executemany(END_CREDIT, self._ended_credits)
-        changes = [(*key, *balance.changes) for key, balance in self._books.balances.items()]
-        CHANGE_BALANCES(connection, [change for change in changes if change[2] or change[3] or change[4]])
-        INSERT_CAPS(connection, [(scope, *caps) for scope, caps in self._new_caps.items()])
+        CHANGE_BALANCES(connection, self._books.changes())
         if self._day > self._stored_day:
             connection.execute("UPDATE meta SET value = ? WHERE name = 'day'", (self._day,))
+        self._memory.day = self._day
+        if not self.lasting:
+            self._flush_house()
+        self._credits.flush()
+
+    def _flush_house(self) -> None:
+        connection = self._connection
+        INSERT_CAPS(connection, [(scope, *caps) for scope, caps in self._new_caps.items()])
         if self._forget_before is not None:
             connection.execute(FORGET_HOLDS, (self._forget_before,))
         if self._pinged:
@@ -420,14 +376,9 @@ class Batch:
 
     def _usage_rows(self) -> list[Row]:
         """New records with row numbers that none has yet: in each millisecond, the first one free."""
-        bases = {seq_base(record.created_at) for record, _, _ in self._new_records}
-        (taken,) = self._connection.execute(TAKEN_SEQS, (as_json(list(bases)),)).fetchone()
-        following = {base: base for base in bases}
-        for seq in decode_seqs(taken) if taken else ():
-            following[seq - seq % SEQ_STEP] = seq + 1
-        rows = []
-        for record, price, held in self._new_records:
-            base = seq_base(record.created_at)
-            rows.append(usage_row(record, following[base], price, held))
-            following[base] += 1
-        return rows
+        numbers = self._memory.rows
+        bases = [seq_base(record.created_at) for record, _, _ in self._new_records]
+        numbers.read(self._connection, dict.fromkeys(bases))
+        return [
+            usage_row(record, numbers.next(base), price, held) for base, (record, price, held) in zip(bases, self._new_records, strict=True)
+        ]

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from itertools import chain
 from typing import Final
 
-from .ledger_schema import USAGE_COLUMNS, USAGE_WIDTH, Row
+from .ledger_schema import USAGE_COLUMNS, USAGE_WIDTH, Row, as_json
 
 
 class Insert:
     """An insert of any number of rows in few statements, whose texts are few as well, so that SQLite keeps them prepared."""
 
-    SIZES = (64, 16, 4, 1)
+    SIZES = (64, 32, *range(16, 0, -1))
 
     def __init__(self, head: str, width: int, tail: str = "") -> None:
         row = f"({','.join('?' * width)})"
@@ -21,10 +21,17 @@ class Insert:
 
     def __call__(self, connection: sqlite3.Connection, rows: Sequence[Row]) -> None:
         start = 0
-        for size, sql in self._texts.items():
-            while len(rows) - start >= size:
-                connection.execute(sql, list(chain.from_iterable(rows[start : start + size])))
-                start += size
+        while left := len(rows) - start:
+            size = left if left in self._texts else next(size for size in self.SIZES if size <= left)
+            connection.execute(self._texts[size], rows[start] if size == 1 else list(chain.from_iterable(rows[start : start + size])))
+            start += size
+
+
+def delete_holds(connection: sqlite3.Connection, ids: Sequence[str]) -> None:
+    if len(ids) == 1:
+        connection.execute("DELETE FROM holds WHERE id = ?", ids)
+    else:
+        connection.execute("DELETE FROM holds WHERE id IN (SELECT value FROM json_each(?))", (as_json(ids),))
 
 
 INSERT_HOLDS: Final = Insert("INSERT OR REPLACE INTO holds (id, expires_at, expired, facts)", 4)

@@ -29,25 +29,46 @@ class Watch:
 
     def __init__(self, thresholds: Sequence[int]) -> None:
         self._thresholds = thresholds
+        self._seen: dict[tuple[str, Periods, Caps], None] = {}
         self._caps: dict[tuple[str, str], tuple[Window, int]] = {}
 
     def add(self, scope: str, periods: Periods, caps: Caps) -> None:
-        if caps is NO_CAPS:
-            return
-        for window, period, cap in zip(WINDOWS, periods, caps, strict=True):
-            if cap is not None:
-                self._caps[scope, period] = window, cap
+        if caps is not NO_CAPS:
+            seen = scope, periods, caps
+            self._seen.pop(seen, None)  # what was seen last stands last
+            self._seen[seen] = None
 
     def reached(self, connection: sqlite3.Connection, books: Books) -> list[BudgetReached]:
         """Those that nobody was told before; they are told by this. Figures that the batch has not read are read now."""
-        if not self._thresholds or not self._caps:
+        if not self._thresholds or not self._may_be_reached(books):
             return []
+        self._caps = {
+            (scope, period): (window, cap)
+            for scope, periods, caps in self._seen
+            for window, period, cap in zip(WINDOWS, periods, caps, strict=True)
+            if cap is not None
+        }
+        return self._found(connection, books)
+
+    def _may_be_reached(self, books: Books) -> bool:
+        """Whether any is at the lowest threshold, told or not, or is not known."""
+        lowest = self._thresholds[0]
+        for scope, periods, caps in self._seen:
+            for period, cap in zip(periods, caps, strict=True):
+                if cap is not None:
+                    balance = books.balances.get((scope, period))
+                    if balance is None or balance.spent * 100 >= lowest * cap:
+                        return True
+        return False
+
+    def _found(self, connection: sqlite3.Connection, books: Books) -> list[BudgetReached]:
         found: list[BudgetReached] = []
         unknown = []
         for pair in self._caps:
             balance = books.balances.get(pair)
-            if balance is not None and balance.known:
-                found += self._of(connection, *pair, balance.spent, balance.told)
+            if balance is not None:
+                found += (reached := self._of(connection, *pair, balance.spent, balance.told))
+                balance.told = max([balance.told, *(one.threshold for one in reached)])
             else:
                 unknown.append(pair)
         if unknown:
