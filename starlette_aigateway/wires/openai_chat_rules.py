@@ -18,6 +18,8 @@ MAX_CHOICES = 128
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 _KNOWN_ROLES = frozenset(ROLES)
 _PLAIN_ROLES = frozenset({"system", "developer", "user", "assistant"})
+_LIST = (list, tuple)  # `list | tuple` would be made anew at each look
+_NUMBER = (int, float)
 _INSTEAD_OF_CONTENT = ("tool_calls", "refusal", "function_call", "audio")
 
 
@@ -74,7 +76,7 @@ def _check_name(value: Any, param: str) -> None:
 
 def _check_messages(request: CompletionRequest) -> bool:
     messages = request.messages
-    if not isinstance(messages, list | tuple):
+    if not isinstance(messages, _LIST):
         raise InvalidRequest("messages must be a list of objects", param="messages")
     if not messages and request.prompt is None:
         raise InvalidRequest("messages must hold at least one message", param="messages")
@@ -128,7 +130,7 @@ def _check_tool_calls(calls: Any, param: str) -> None:
 
 
 def _check_temperature(value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 2:
+    if isinstance(value, bool) or not isinstance(value, _NUMBER) or not 0 <= value <= 2:
         raise InvalidRequest("temperature must be a number between 0 and 2", param="temperature")
 
 
