@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -144,6 +145,38 @@ def test_a_hit_is_measured_in_process() -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert [line.split()[:2] for line in done.stdout.splitlines()] == [["/v1/chat/completions", "whole"], ["/complete", "whole"]]
+
+
+FROZEN = """
+import gc
+import anyio
+from starlette.applications import Starlette
+
+async def main():
+    app = Starlette(lifespan=lifespan)
+    assert gc.get_freeze_count() == 0
+    async with app.router.lifespan_context(app):
+        assert gc.get_freeze_count() > 10_000
+
+anyio.run(main)
+"""
+
+
+def test_the_garbage_collector_is_frozen_as_the_page_shows() -> None:
+    (block,) = re.findall(r"```python\n(.*?)```", (CHECKOUT / "docs" / "performance.md").read_text(), re.DOTALL)
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", textwrap.dedent(block) + FROZEN], capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_every_stage_of_the_page_is_one_of_the_profile() -> None:
+    stages = subprocess.run(
+        [sys.executable, "-c", "import profiling; print(*[name for name, _ in profiling.STAGES], sep='\\n')"],
+        capture_output=True, text=True, timeout=60, cwd=BENCHMARKS,
+    ).stdout.splitlines()  # fmt: skip
+    table = (CHECKOUT / "docs" / "performance.md").read_text().partition("| | hit | miss | stream |")[2].partition("| **")[0]
+    assert [line.split("|")[1].strip() for line in table.splitlines()[2:] if line] == stages
 
 
 @pytest.mark.parametrize("arguments", [("--cases", "hits"), ("--rounds", "0"), ("--connections", "many")])
