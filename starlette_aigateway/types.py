@@ -97,7 +97,7 @@ class Limits:
     daily_cap_usd: Decimal | None
     monthly_cap_usd: Decimal | None
     hard_cap_usd: Decimal | None
-    caps: Caps = field(repr=False, compare=False)
+    caps: Caps = field(init=False, repr=False, compare=False)
 
     def __init__(self, **limits: Unpack[LimitFields]) -> None:
         self._set_limits(limits)
@@ -183,7 +183,7 @@ class Principal(Limits):
     id: str
     tenant: str | Tenant | None
     allowed_models: tuple[str, ...] | None
-    key_id: str | None
+    key_id: str | None = field(init=False)
 
     def __init__(
         self,

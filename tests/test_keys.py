@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
 import zlib
 from datetime import UTC, datetime, timedelta, timezone
+from decimal import Decimal
 from typing import Any
 
 import pytest
@@ -207,3 +209,11 @@ def test_a_rotation_changes_the_hint_and_nothing_else() -> None:
 def test_a_revised_tenant_keeps_what_was_not_named() -> None:
     tenant = Tenant("acme", requests_per_minute=5, daily_cap_usd="1")
     assert keys.revised_tenant(tenant, {"daily_cap_usd": None}) == Tenant("acme", requests_per_minute=5)
+
+
+def test_a_principal_and_a_tenant_can_be_copied_with_a_change() -> None:
+    principal = Principal("user", tenant=Tenant("team", hard_cap_usd="5"), monthly_cap_usd="10")
+    richer = dataclasses.replace(principal, monthly_cap_usd=Decimal(20))
+    assert richer == Principal("user", tenant=Tenant("team", hard_cap_usd="5"), monthly_cap_usd="20")
+    assert richer.caps.month == 20 * 10**9
+    assert dataclasses.replace(Tenant("team", hard_cap_usd="5"), hard_cap_usd=None) == Tenant("team")
