@@ -85,13 +85,11 @@ class Attempts:
             async with attempt.answer() as answer:
                 async for given in answer.events():
                     item = given if isinstance(given, RawEvents) or given.usage is None else _believed(given)
-                    relay.pass_on(item, meter.see(item))
+                    flows = relay.pass_on(item, meter.see(item))
                     if pulse.due:
                         await pulse.beat()
-                    if relay.channel.full:
-                        await pulse.wait_for(relay)
-                    if relay.left:
-                        await self._drained(relay)
+                    if not flows:
+                        await self._held_up(relay, pulse)
             relay.flush()
             settlement = attempt.whole(meter.bill, meter.output_bytes, meter.model)
             record = await self._settle(job, attempt, settlement)
@@ -251,11 +249,15 @@ class Attempts:
         attempt.settlement = settlement
         return await self._holds.settle(job, attempt.hold, settlement)
 
-    async def _drained(self, relay: Relay) -> None:
-        """One more item that nobody reads: within the bound of bytes, and without keeping the event loop to itself."""
-        if relay.drained > self._max_drain_bytes:
-            raise ReaderLeft
-        await checkpoint()
+    async def _held_up(self, relay: Relay, pulse: Pulse) -> None:
+        """A reader that is slow is waited for. What comes once nobody reads is drained within the bound of bytes, and without keeping the
+        event loop to itself."""
+        if relay.channel.full:
+            await pulse.wait_for(relay)
+        if relay.left:
+            if relay.drained > self._max_drain_bytes:
+                raise ReaderLeft
+            await checkpoint()
 
     def _circuit(self, target: Target) -> Circuit:
         circuit = self._circuits.get(target)

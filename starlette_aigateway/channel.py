@@ -25,11 +25,14 @@ class Channel(Generic[T]):
     def full(self) -> bool:
         return len(self._items) >= self._size
 
-    def put(self, item: T) -> None:
-        """Never waits and never refuses: a producer that respects `size` asks `full` first, and awaits `room`."""
-        if not self.abandoned:
-            self._items.append(item)
-            self._wake_reader()
+    def put(self, item: T) -> bool:
+        """Whether there is room for more. It never waits and never refuses: a producer that respects `size` awaits `room` where there is
+        none."""
+        if self.abandoned:
+            return True
+        self._items.append(item)
+        self._wake_reader()
+        return len(self._items) < self._size
 
     async def room(self) -> None:
         """Waits until there is room, or the consumer has left."""

@@ -7,7 +7,7 @@ from typing import Any, cast
 
 from .policy import caching
 from .policy.caching import CachedAnswer, CachedCompletion, CachedEvents
-from .types import Chunk, Completion, Message, RawEvents, StreamItem
+from .types import Chunk, Completion, Message, RawEvents, StreamItem, Usage
 from .wires import openai_chat
 
 
@@ -16,14 +16,15 @@ def kept(items: Sequence[StreamItem]) -> CachedCompletion | CachedEvents:
     events = _events(items)
     if events is None:
         return caching.kept(openai_chat.assemble(items))
-    ends = [item for item in items if isinstance(item, Chunk)]
-    return CachedEvents(
-        wire=openai_chat.WIRE,
-        data=events,
-        finish_reason=next((chunk.finish_reason for chunk in ends if chunk.finish_reason is not None), None),
-        usage=next((chunk.usage for chunk in reversed(ends) if chunk.usage is not None), None),
-        model=next((chunk.model for chunk in ends if chunk.model is not None), None),
-    )
+    finish_reason: str | None = None
+    usage: Usage | None = None
+    model: str | None = None
+    for item in items:
+        if isinstance(item, Chunk):
+            finish_reason = finish_reason if finish_reason is not None else item.finish_reason
+            usage = item.usage if item.usage is not None else usage
+            model = model if model is not None else item.model
+    return CachedEvents(wire=openai_chat.WIRE, data=events, finish_reason=finish_reason, usage=usage, model=model)
 
 
 def completion_of(stored: CachedAnswer) -> Completion:

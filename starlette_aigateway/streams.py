@@ -73,7 +73,7 @@ class Meter:
         return size
 
     def _look_for_output(self, chunk: Chunk) -> None:
-        if any(value for name, value in chunk.delta.items() if name != "role"):
+        if openai_chat.has_output(chunk):
             self.has_output = True
             self.covering = self.final = False
 
@@ -130,17 +130,19 @@ class Relay:
         """The reader has left; `drained` counts the bytes that came since."""
         return self.channel.abandoned
 
-    def pass_on(self, item: StreamItem, size: int) -> None:
-        """Hands `item` to the reader, if there still is one."""
-        if self.left:
+    def pass_on(self, item: StreamItem, size: int) -> bool:
+        """Hands `item` to the reader. Whether that one is still there and takes more."""
+        channel = self.channel
+        if channel.abandoned:
             self.drained += size
-        elif self.opened.is_set:
-            self.channel.put(item)
-        else:
-            self._withheld.append(item)
-            if self.meter.has_content:
-                self.flush()
-                self.opened.set()
+            return False
+        if self.opened.is_set:
+            return channel.put(item)
+        self._withheld.append(item)
+        if self.meter.has_content:
+            self.flush()
+            self.opened.set()
+        return not channel.full
 
     def flush(self) -> None:
         """What was withheld goes out: content has come, or the attempt has ended well without any."""

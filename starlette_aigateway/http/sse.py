@@ -122,10 +122,12 @@ class EventStreamResponse(Response):
         """Writes until the stream ends, or the client leaves or takes nothing more, also before its first content; leaving ends the block
         of the stream, which settles it. What is left unended the server closes."""
         pace = Pace(send, self._patience)
-        with suppress(ClientLeft):
+        try:
             refusal = await while_present(receive, lambda: self._serve(pace.send), pace)
-            if refusal is not None:
-                await refusal(scope, receive, send)
+        except ClientLeft:
+            refusal = None
+        if refusal is not None:
+            await refusal(scope, receive, send)
         if self.background is not None:
             await self.background()
 

@@ -83,7 +83,7 @@ class EventReader:
             blocks = self._blocks.feed(data)
         except sse.SSEError:
             raise ProviderError("the provider sent an event that is too long") from None
-        if blocks.startswith(b"data:") and _is_plain(blocks[5:-2]):
+        if blocks.find(b"\n") == len(blocks) - 2 and blocks.startswith(b"data:") and _is_plain(blocks[5:-2]):
             return iter((RawEvents(WIRE, blocks, 1),))
         return self._items(blocks)
 
@@ -95,7 +95,8 @@ class EventReader:
 
     def _items(self, blocks: bytes) -> Iterator[StreamItem]:
         before, *pieces = (b"\n\n" + blocks[:-2]).split(NEXT_DATA)
-        yield from self._chunks(before)
+        if before:
+            yield from self._chunks(before)
         run: list[bytes] = []
         for piece in pieces:
             if _is_plain(piece):
@@ -111,7 +112,7 @@ class EventReader:
             yield _raw(run)
 
     def _chunks(self, blocks: bytes) -> Iterator[Chunk]:
-        for event in sse.events_of(blocks):
+        for event in sse.decode_events(blocks):
             if _is_done(event):
                 self.saw_done = True
                 return
@@ -127,14 +128,12 @@ def _raw(run: list[bytes]) -> RawEvents:
 
 
 def _is_plain(data: bytes) -> bool:
-    """Whether `data` is one line that carries nothing which the gateway needs. What is not JSON, or not as it should be, is judged by its
+    """Whether an event of these bytes carries nothing that the gateway needs. What is not JSON, or not as it should be, is judged as
     bytes."""
-    if b"\n" in data:
-        return False
     try:
         _plain_decoder.decode(data)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        return _says_nothing(data)
+        return b"\n" not in data and _says_nothing(data)
     return True
 
 
@@ -168,28 +167,32 @@ def _is_json(data: bytes) -> bool:
     return True
 
 
-def _decode_event(event: sse.SSEEvent) -> Iterator[Chunk]:
+def _decode_event(event: sse.SSEEvent) -> Sequence[Chunk]:
     if not event.data.strip():
-        return
+        return ()
     try:
         wire = _chunk_decoder.decode(event.data)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         raise ProviderError("the provider sent an event that is not a chat completion chunk") from None
     if event.event == "error" or wire.object == "error" or not is_null(wire.error):
         raise ProviderError("the provider reported an error on its stream", details=dict(error_facts(event.data)) or None)
+    found: list[Chunk] = []
     usage = decode_usage(wire.usage)
     native = Native(WIRE, event.raw)
     for choice in wire.choices or (WireDelta(),):
-        yield Chunk(
-            delta=choice.delta or {},
-            index=choice.index,
-            finish_reason=choice.finish_reason or None,
-            usage=usage,
-            model=wire.model,
-            id=wire.id,
-            native=native,
+        found.append(
+            Chunk(
+                delta=choice.delta or {},
+                index=choice.index,
+                finish_reason=choice.finish_reason or None,
+                usage=usage,
+                model=wire.model,
+                id=wire.id,
+                native=native,
+            )
         )
         usage, native = None, _FOLLOWER
+    return found
 
 
 def decode_events(raw: RawEvents) -> Iterator[Chunk]:
@@ -212,10 +215,18 @@ def chunks(items: Iterable[StreamItem]) -> Iterator[Chunk]:
 def has_content(item: StreamItem) -> bool:
     """Whether the caller gets something by `item`: text, a refusal, a tool call, or the end of the answer. A role alone is nothing yet,
     and until then another provider may still answer. Raises `ProviderError` as `decode_events` does."""
-    return any(
-        chunk.finish_reason is not None or chunk.usage is not None or any(value for name, value in chunk.delta.items() if name != "role")
-        for chunk in chunks((item,))
-    )
+    for chunk in decode_events(item) if isinstance(item, RawEvents) else (item,):
+        if chunk.finish_reason is not None or chunk.usage is not None or has_output(chunk):
+            return True
+    return False
+
+
+def has_output(chunk: Chunk) -> bool:
+    """Whether its delta brings more than a role."""
+    for name, value in chunk.delta.items():  # noqa: SIM110  # a generator costs more than what it looks at
+        if value and name != "role":
+            return True
+    return False
 
 
 def usage_only(chunk: Chunk) -> bool:

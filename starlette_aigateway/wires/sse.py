@@ -119,7 +119,7 @@ def split_complete(buffer: bytes) -> tuple[bytes, bytes]:
 
 def decode_events(blocks: bytes) -> list[SSEEvent]:
     """The events of whole blocks with LF as line ends, in order. Blocks without a `data` field dispatch nothing."""
-    return list(events_of(blocks))
+    return [event for block in blocks.split(b"\n\n") if (event := decode_block(block)) is not None]
 
 
 def events_of(blocks: bytes) -> Iterator[SSEEvent]:
