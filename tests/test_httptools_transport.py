@@ -137,6 +137,7 @@ class TestWhichConnectionsAreUsedAgain:
                 await call(transport, server.url)
                 pool = await transport.pool()
                 await until(lambda pool=pool: not pool._open)  # type: ignore[misc]  # a lambda's default has no type
+                assert not any(pool._resting.values())
             assert server.connections == 2
 
     async def test_none_on_which_something_came_that_nobody_asked_for(self, transport: HttptoolsTransport) -> None:
@@ -190,6 +191,9 @@ class TestWhichConnectionsAreUsedAgain:
         async with streams(serve) as url:
             async with transport.send(post(url, body), connect=PATIENCE, read=PATIENCE) as answer:
                 assert await answer.read(100) == b"{}"
+                (connection,) = await open_connections(transport)
+                assert connection._transport is not None
+                assert 0 < connection._transport.get_write_buffer_size() <= 2 * connections.PIECE_BYTES
             await until(lambda: seen)
         assert seen[0] < len(body)
 
@@ -340,8 +344,18 @@ class TestConnecting:
         task.cancel()
         await asyncio.wait([task])
         before = len(asyncio.all_tasks())
-        await transport.aclose()
+        with anyio.fail_after(PATIENCE):
+            await (await transport.pool()).aclose()
         assert len(asyncio.all_tasks()) == before - 1
+
+    async def test_a_socket_that_came_to_nothing_is_closed(self, transport: HttptoolsTransport, monkeypatch: pytest.MonkeyPatch) -> None:
+        def unreadable() -> None:
+            raise FileNotFoundError("the certificates")
+
+        monkeypatch.setattr(dialing, "tls_context", unreadable)
+        async with raw_server(Exchange.answer) as server:
+            error = await failure(transport, server.url.replace("http:", "https:"))
+            assert (error.billed, server.exchanges) == ("no", [])
 
 
 class TestReading:
@@ -465,6 +479,7 @@ class TestReading:
         assert caught.value.billed == "unknown"
 
 
+GZIPPED = gzip.compress(b"{}" * 99, mtime=0)
 RAW_DEFLATE = zlib.compressobj(wbits=-zlib.MAX_WBITS)
 
 
@@ -472,8 +487,8 @@ class TestContentCodings:
     @pytest.mark.parametrize(
         ("coding", "body"),
         [
-            (b"gzip", gzip.compress(b"{}" * 99)),
-            (b"X-GZIP", gzip.compress(b"{}" * 99)),
+            (b"gzip", GZIPPED),
+            (b"X-GZIP", GZIPPED),
             (b"deflate", zlib.compress(b"{}" * 99)),
             (b"deflate", RAW_DEFLATE.compress(b"{}" * 99) + RAW_DEFLATE.flush()),
             (b"identity", b"{}" * 99),
@@ -490,11 +505,11 @@ class TestContentCodings:
     @pytest.mark.parametrize(
         ("coding", "body"),
         [
-            (b"gzip", gzip.compress(b"{}")[:-1]),
-            (b"gzip", gzip.compress(b"{}") + b"more"),
+            (b"gzip", GZIPPED[:-1]),
+            (b"gzip", GZIPPED + b"more"),
             (b"deflate", b"{}"),
             (b"br", b"{}"),
-            (b"gzip, gzip", gzip.compress(gzip.compress(b"{}"))),
+            (b"gzip, gzip", gzip.compress(GZIPPED, mtime=0)),
         ],
     )
     async def test_that_are_broken_or_unknown_fail_and_nothing_is_known(

@@ -14,7 +14,6 @@ from .coding import BadCoding, Decoder
 WINDOW_BYTES = 2**18
 HEAD_BYTES = 2**16
 SWITCHING_PROTOCOLS = 101
-WITHOUT_BODY = frozenset({204, 304})
 
 
 class Line(Protocol):
@@ -224,7 +223,7 @@ class Answer:
         coding = self._fields.get(b"transfer-encoding")
         if coding is not None and coding.strip().lower() != b"chunked":
             raise ValueError("a transfer coding that was not asked for")
-        self._until_end = coding is None and b"content-length" not in self._fields and status not in WITHOUT_BODY
+        self._until_end = coding is None and b"content-length" not in self._fields
         self._persistent = parser.should_keep_alive() and parser.get_http_version() == "1.1"
         self._barren = 0
         self.status = status

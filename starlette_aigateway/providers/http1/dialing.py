@@ -40,7 +40,7 @@ class Dialer:
         try:
             async with asyncio.timeout(seconds):
                 addresses = await self._addresses((origin.host, origin.port))
-                return await _connected(addresses, origin, make, seconds)
+                return await _connected(addresses, origin, make)
         except TimeoutError as error:
             raise ProviderTimeout("the provider could not be reached in time", billed="no") from error
         except (
@@ -76,14 +76,14 @@ async def _look_up(place: _Place) -> Sequence[AddrInfoType]:
     return await asyncio.get_running_loop().getaddrinfo(*place, type=socket.SOCK_STREAM)
 
 
-async def _connected(addresses: Sequence[AddrInfoType], origin: Origin, make: Callable[[], P], seconds: float) -> P:
+async def _connected(addresses: Sequence[AddrInfoType], origin: Origin, make: Callable[[], P]) -> P:
     sock = await start_connection(addresses, happy_eyeballs_delay=NEXT_ADDRESS_SECONDS)
     try:
         loop = asyncio.get_running_loop()
         if not origin.tls:
             return (await loop.create_connection(make, sock=sock))[1]
         name = origin.host.rstrip(".")
-        return (await loop.create_connection(make, sock=sock, ssl=tls_context(), server_hostname=name, ssl_handshake_timeout=seconds))[1]
+        return (await loop.create_connection(make, sock=sock, ssl=tls_context(), server_hostname=name))[1]
     except BaseException:
         sock.close()
         raise
