@@ -71,17 +71,18 @@ class NativeWriter:
 
     def __init__(self, model: str) -> None:
         self._model = model
-        self._items: list[StreamItem] = []
+        self._answer = openai_chat.Assembly()
 
     def item(self, item: StreamItem) -> bytes:
-        self._items.append(item)
-        return b"".join(
-            sse.encode_event(msgspec.json.encode(chunk.delta), event="delta") for chunk in openai_chat.chunks((item,)) if chunk.delta
-        )
+        events: list[bytes] = []
+        for chunk in openai_chat.chunks((item,)):
+            self._answer.add(chunk)
+            if chunk.delta:
+                events.append(sse.encode_event(msgspec.json.encode(chunk.delta), event="delta"))
+        return b"".join(events)
 
     def end(self, stream: AnswerStream) -> bytes:
-        completion = openai_chat.assemble(self._items)
-        return sse.encode_event(msgspec.json.encode(shapes.stream_end(stream, completion, self._model)), event="done")
+        return sse.encode_event(msgspec.json.encode(shapes.stream_end(stream, self._answer.completion(), self._model)), event="done")
 
     def error(self, error: AIGatewayError) -> bytes:
         return sse.encode_event(msgspec.json.encode(error_object(error)), event="error")

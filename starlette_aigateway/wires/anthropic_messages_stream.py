@@ -5,9 +5,10 @@ https://platform.claude.com/docs/en/build-with-claude/streaming
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import msgspec
 from msgspec import Raw, Struct
 
 from ..errors import ProviderError
@@ -35,8 +36,27 @@ class WireEvent(Struct):
     usage: Raw = _NOTHING
 
 
-class InputDelta(Struct):
+class TextDelta(Struct, tag_field="type", tag="text_delta"):
+    text: str
+
+
+class ThinkingDelta(Struct, tag_field="type", tag="thinking_delta"):
+    thinking: str
+
+
+class InputDelta(Struct, tag_field="type", tag="input_json_delta"):
     partial_json: str
+
+
+class BlockDelta(Struct, tag_field="type", tag="content_block_delta"):
+    """Most of the events of a stream."""
+
+    delta: TextDelta | ThinkingDelta | InputDelta
+    index: int = 0
+
+
+DELTAS = frozenset({"text_delta", "thinking_delta", "input_json_delta"})
+_delta_decoder = msgspec.json.Decoder(BlockDelta)
 
 
 class MessageDelta(Struct):
@@ -86,83 +106,85 @@ class EventReader:
                 return
             yield from self._chunks(event)
 
-    def _chunks(self, event: sse.SSEEvent) -> Iterator[Chunk]:
+    def _chunks(self, event: sse.SSEEvent) -> Sequence[Chunk]:
         if not event.data.strip():
-            return
+            return ()
         if event.event == "error":
             raise _reported(event.data)
         try:
-            yield from self._read(decode(event.data, WireEvent), event.data)
-        except ValueError:
-            raise ProviderError("the provider sent an event that is not of the Messages API") from None
+            delta = _delta_decoder.decode(event.data)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            try:
+                return self._read(decode(event.data, WireEvent), event.data)
+            except ValueError:
+                raise ProviderError("the provider sent an event that is not of the Messages API") from None
+        return self._continue_block(delta)
 
-    def _read(self, event: WireEvent, data: bytes) -> Iterator[Chunk]:
+    def _read(self, event: WireEvent, data: bytes) -> Sequence[Chunk]:
         match event.type:
             case "message_start":
                 self._begun = decode(event.message, MessageStart)
-                yield self._chunk({"role": "assistant"})
+                return (self._chunk({"role": "assistant"}),)
             case "content_block_start":
-                yield from self._start_block(event)
-            case "content_block_delta":
-                yield from self._continue_block(event)
+                return self._start_block(event)
+            case "content_block_delta" if decode(event.delta, Kind).type in DELTAS:
+                raise ValueError("its delta is not what it says")
             case "content_block_stop":
-                yield from self._stop_block(event)
+                return self._stop_block(event)
             case "message_delta":
                 self._stop_reason = decode(event.delta, MessageDelta).stop_reason or self._stop_reason
                 self._end_usage = self._end_usage if is_null(event.usage) else event.usage
             case "message_stop":
                 self.saw_done = True
-                yield from self._end()
+                return self._end()
             case "ping":
-                yield Chunk()
+                return (Chunk(),)
             case "error":
                 raise _reported(data)
+        return ()
 
-    def _start_block(self, event: WireEvent) -> Iterator[Chunk]:
+    def _start_block(self, event: WireEvent) -> Sequence[Chunk]:
         block = event.content_block
         match decode(block, Kind).type:
             case "text":
-                yield from self._say("content", decode(block, TextBlock).text)
+                return self._say("content", decode(block, TextBlock).text)
             case "thinking":
-                yield from self._say("reasoning_content", decode(block, ThinkingBlock).thinking)
+                return self._say("reasoning_content", decode(block, ThinkingBlock).thinking)
             case "tool_use":
                 use = decode(block, ToolUseBlock)
                 place = self._calls[event.index] = len(self._calls)
                 given = bytes(use.input).decode()
                 self._unsaid[event.index] = "{}" if given in _NO_INPUT else given
-                yield self._chunk({"tool_calls": [{"index": place, **tool_call(use, "")}]})
+                return (self._chunk({"tool_calls": [{"index": place, **tool_call(use, "")}]}),)
+        return ()
 
-    def _continue_block(self, event: WireEvent) -> Iterator[Chunk]:
-        match decode(event.delta, Kind).type:
-            case "text_delta":
-                yield from self._say("content", decode(event.delta, TextBlock).text)
-            case "thinking_delta":
-                yield from self._say("reasoning_content", decode(event.delta, ThinkingBlock).thinking)
-            case "input_json_delta" if event.index in self._calls:
-                piece = decode(event.delta, InputDelta).partial_json
-                if piece:
-                    self._unsaid.pop(event.index, None)
-                    yield self._arguments(event.index, piece)
+    def _continue_block(self, event: BlockDelta) -> Sequence[Chunk]:
+        delta = event.delta
+        if isinstance(delta, TextDelta):
+            return self._say("content", delta.text)
+        if isinstance(delta, ThinkingDelta):
+            return self._say("reasoning_content", delta.thinking)
+        if delta.partial_json and event.index in self._calls:
+            self._unsaid.pop(event.index, None)
+            return self._arguments(event.index, delta.partial_json)
+        return ()
 
-    def _stop_block(self, event: WireEvent) -> Iterator[Chunk]:
+    def _stop_block(self, event: WireEvent) -> Sequence[Chunk]:
         """A call without arguments streams none, but the canonical form wants a JSON object."""
         unsaid = self._unsaid.pop(event.index, None)
-        if unsaid is not None:
-            yield self._arguments(event.index, unsaid)
+        return () if unsaid is None else self._arguments(event.index, unsaid)
 
-    def _end(self) -> Iterator[Chunk]:
-        yield self._chunk({}, finish=finish_reason(self._stop_reason))
+    def _end(self) -> Sequence[Chunk]:
+        finish = self._chunk({}, finish=finish_reason(self._stop_reason))
         # The usage of `message_start` counts the output that there is at the start; only with the one of the end it is all of it.
         usage = None if is_null(self._end_usage) else decode_usage(self._begun.usage, self._end_usage)
-        if usage is not None:
-            yield self._chunk({}, usage=usage)
+        return (finish,) if usage is None else (finish, self._chunk({}, usage=usage))
 
-    def _say(self, name: str, text: str) -> Iterator[Chunk]:
-        if text:
-            yield self._chunk({name: text})
+    def _say(self, name: str, text: str) -> Sequence[Chunk]:
+        return (self._chunk({name: text}),) if text else ()
 
-    def _arguments(self, index: int, piece: str) -> Chunk:
-        return self._chunk({"tool_calls": [{"index": self._calls[index], "function": {"arguments": piece}}]})
+    def _arguments(self, index: int, piece: str) -> Sequence[Chunk]:
+        return (self._chunk({"tool_calls": [{"index": self._calls[index], "function": {"arguments": piece}}]}),)
 
     def _chunk(self, delta: Mapping[str, Any], *, finish: str | None = None, usage: Usage | None = None) -> Chunk:
         return Chunk(delta=delta, finish_reason=finish, usage=usage, model=self._begun.model, id=self._begun.id)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .openai_chat_answer import WIRE, decode_completion, encode_completion, error_facts
+from .openai_chat_assembly import Assembly
 from .openai_chat_cost import PARAMETERS, Cost, asks_for_reasoning, kind_of, unbounded_parameters
 from .openai_chat_images import NO_IMAGES, images
 from .openai_chat_request import DECIDED, ChatCall, decode_request, encode_request
@@ -28,6 +29,7 @@ __all__ = [
     "NO_IMAGES",
     "PARAMETERS",
     "WIRE",
+    "Assembly",
     "ChatCall",
     "Cost",
     "EventReader",

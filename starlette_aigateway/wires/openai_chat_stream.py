@@ -6,15 +6,16 @@ https://platform.openai.com/docs/api-reference/chat-streaming
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import msgspec
 from msgspec import Raw, Struct
 
 from ..errors import ProviderError
-from ..types import Chunk, Completion, Message, Native, RawEvents, StreamItem, Usage
+from ..types import Chunk, Completion, Native, RawEvents, StreamItem, Usage
 from . import sse
 from .openai_chat_answer import WIRE, choices, decode_usage, error_facts, is_null, usage_object
+from .openai_chat_assembly import Assembly
 
 DONE = b"data: [DONE]\n\n"
 NEXT_DATA = b"\n\ndata:"
@@ -291,89 +292,11 @@ def _event(deltas: Sequence[Mapping[str, Any]], *, id: str, model: str, created:
 
 
 def assemble(items: Iterable[StreamItem]) -> Completion:
-    """The whole answer of a stream's choice 0: texts joined, tool calls put together by their index, the last usage and finish reason.
-
-    It keeps no `native`: several choices and log probabilities are lost. Raises `ProviderError` as `decode_events` does.
-    """
-    message: dict[str, Any] = {"role": "assistant", "content": None}
-    finish_reason: str | None = None
-    usage: Usage | None = None
-    model: str | None = None
-    identity: str | None = None
+    """The whole answer of a stream, as `Assembly` makes it. Raises `ProviderError` as `decode_events` does."""
+    assembly = Assembly()
     for chunk in chunks(items):
-        usage = chunk.usage or usage
-        model = model or chunk.model
-        identity = identity or chunk.id
-        if chunk.index == 0:
-            finish_reason = chunk.finish_reason or finish_reason
-            _merge(message, chunk.delta)
-    message = _joined(message)
-    if isinstance(calls := message.get("tool_calls"), list):
-        message["tool_calls"] = [
-            {name: value for name, value in call.items() if name != "index"} for call in calls if isinstance(call, Mapping)
-        ]
-    return Completion(message=cast("Message", message), finish_reason=finish_reason, usage=usage, model=model, id=identity)
-
-
-_NOT_JOINED = frozenset({"role", "id", "type", "name", "index"})
-
-
-class _Text(list[str]):
-    """A string that comes in pieces; joined once, at the end."""
-
-
-class _Members(list[Any]):
-    """A list whose objects come in pieces, each named by its index."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.by_index: dict[int, dict[str, Any]] = {}
-
-
-def _merge(target: dict[str, Any], delta: Mapping[str, Any]) -> None:
-    """Puts a delta on top of what came before: strings are joined, objects merged, lists of indexed objects merged by index."""
-    for name, value in delta.items():
-        if value is None:
-            continue
-        known = target.get(name)
-        if isinstance(value, str) and name not in _NOT_JOINED:
-            if not isinstance(known, _Text):
-                known = target[name] = _Text()
-            known.append(value)
-        elif isinstance(value, Mapping):
-            inner = target[name] = known if isinstance(known, dict) else {}
-            _merge(inner, value)
-        elif isinstance(value, list | tuple):
-            members = target[name] = known if isinstance(known, _Members) else _Members()
-            _merge_list(members, value)
-        elif not (name in _NOT_JOINED and known and not value):
-            target[name] = value
-
-
-def _merge_list(members: _Members, delta: Sequence[Any]) -> None:
-    for value in delta:
-        if not isinstance(value, Mapping):
-            members.append(value)
-            continue
-        index = value.get("index")
-        same = members.by_index.get(index) if isinstance(index, int) else None
-        if same is None:
-            same = {}
-            members.append(same)
-            if isinstance(index, int):
-                members.by_index[index] = same
-        _merge(same, value)
-
-
-def _joined(value: Any) -> Any:
-    """What `_merge` has put together, as plain values."""
-    if isinstance(value, _Text):
-        return "".join(value)
-    if isinstance(value, dict):
-        return {name: _joined(member) for name, member in value.items()}
-    if isinstance(value, list):
-        return [_joined(member) for member in value]
-    return value
+        assembly.add(chunk)
+    return assembly.completion()
 
 
 def output_bytes(items: Iterable[StreamItem]) -> int:

@@ -138,6 +138,9 @@ def decode_block(block: bytes) -> SSEEvent | None:
     block = block.strip(b"\n")
     if block.startswith(b"data: ") and b"\n" not in block:
         return SSEEvent(None, block[6:], block + b"\n\n")
+    first, _, second = block.partition(b"\n")
+    if first.startswith(b"event: ") and second.startswith(b"data: ") and b"\n" not in second:
+        return SSEEvent(first[7:].decode("utf-8", "replace") or None, second[6:], block + b"\n\n")
     name: str | None = None
     data: list[bytes] = []
     for line in block.split(b"\n"):
