@@ -176,8 +176,8 @@ class Ledger(Protocol):
     async def usage(self, query: UsageQuery) -> UsageReport: ...
 
     async def prune(self, before: float) -> int:
-        """Replaces what the audit needs of holds that were settled for good before `before` by its sums. Balances and usage records stay
-        as they are. Gives the number of entries that are gone."""
+        """Replaces what the audit needs of holds that were settled for good before `before` by its sums. What `budgets` tells and usage
+        records stay as they are. Gives the number of entries that are gone."""
 
     async def roll_up(self, before: float) -> int:
         """Replaces the usage records of the UTC days that ended by `before` by their sums, and prunes what belongs to them; whatever may

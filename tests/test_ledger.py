@@ -368,18 +368,20 @@ async def reserve_and_fail_to_settle(ledger: SQLiteLedger, number: int) -> None:
 
 
 async def test_an_expired_hold_is_not_carried_without_its_late_settlement(ledger: SQLiteLedger, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("starlette_aigateway.stores.sqlite.ledger_prune.AT_ONCE", 4)
+    monkeypatch.setattr("starlette_aigateway.stores.sqlite.ledger_stories.LOOK_AT", 2)
     late = NOON + LEASE
     await ledger.reserve(hold_request("late", 100), now=NOON)
     await ledger.expire(now=late)
     for number in range(3):
         await reserve_and_settle(ledger, number)
-    await ledger.settle("use_late", completed(30), now=late)
-    await ledger.reserve(hold_request("last", 100, now=late), now=late)
-    for carried in (6, 3, 0):
-        assert await ledger.prune(late + 1) == carried
+    await ledger.reserve(hold_request("between", 100, now=late + 0.7), now=late + 0.7)
+    await ledger.settle("use_between", completed(60), now=late + 0.8)
+    await ledger.settle("use_late", completed(30), now=late + 1)
+    await ledger.reserve(hold_request("last", 100, now=late + 1), now=late + 1)
+    for before, carried in ((late + 0.5, 6), (late + 2, 5), (late + 2, 0)):
+        assert await ledger.prune(before) == carried
         await assert_clean(ledger)
-    assert await money(ledger) == (3 * 60 + 30, 100)
+    assert await money(ledger) == (4 * 60 + 30, 100)
 
 
 async def test_check_is_safe_while_others_write(ledger: SQLiteLedger) -> None:

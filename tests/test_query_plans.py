@@ -18,13 +18,15 @@ import anyio
 import pytest
 from limits.aio.storage import Storage
 
-from starlette_aigateway.accounts import GROUPINGS
+from starlette_aigateway.accounts import GROUPINGS, ScopeClaim
+from starlette_aigateway.errors import SpendCapHeld
 from starlette_aigateway.protocols import Ledger
 from starlette_aigateway.stores import sqlite
+from starlette_aigateway.stores.sqlite import ledger as ledger_module
 from starlette_aigateway.stores.sqlite.ledger_inserts import Insert
 from starlette_aigateway.stores.sqlite.windows import SQLiteWindowStorage
 from starlette_aigateway.testing.clock import FakeClock
-from starlette_aigateway.testing.ledger_kit import DAY, LEASE, NOON, cached_record, completed, hold_request
+from starlette_aigateway.testing.ledger_kit import DAY, LEASE, NOON, cached_record, completed, hold_request, refused
 from starlette_aigateway.testing.ledger_limits import credit
 from starlette_aigateway.types import Caps
 
@@ -166,6 +168,10 @@ async def ends(ledger: Ledger, now: float) -> None:
     await ledger.add_credit(credit("short", created_at=now, expires_at=now + LEASE))
     await ledger.end_credit("crd_short", now=now)
     await ledger.probe(hold_request("probe"), now=now)
+    carol: dict[str, Any] = {"principal": "carol", "scopes": [ScopeClaim("principal:carol", Caps(total=100))]}
+    await ledger.reserve(hold_request("all", 100, now=now, **carol), now=now)
+    for _ in range(3):
+        assert isinstance(await refused(ledger.reserve(hold_request("none", 1, now=now, **carol), now=now)), SpendCapHeld)
     async with anyio.create_task_group() as group:
         for number in range(70):
             group.start_soon(partial(ledger.reserve, hold_request(f"many_{number}", now=now), now=now))
@@ -189,6 +195,7 @@ def asked() -> Recorder:
     recorder, clock = Recorder(), FakeClock(NOON)
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(sqlite3, "connect", recorder.connect)
+        patched.setattr(ledger_module, "AT_ONCE", 2)
         with service(clock=clock) as host:
             calls(host, clock)
             reports(host)

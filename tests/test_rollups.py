@@ -7,7 +7,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from itertools import pairwise
 from pathlib import Path
@@ -21,15 +21,16 @@ from msgspec.structs import replace
 
 from starlette_aigateway.accounts import ScopeClaim, UsageQuery, UsageReport, principal_scope
 from starlette_aigateway.stores.sqlite import ledger as ledger_module
-from starlette_aigateway.stores.sqlite import ledger_prune, ledger_rollups
+from starlette_aigateway.stores.sqlite import ledger_rollups, ledger_stories
 from starlette_aigateway.stores.sqlite.connection import connect
 from starlette_aigateway.stores.sqlite.ledger import SQLiteLedger
 from starlette_aigateway.stores.sqlite.ledger_check import audit
-from starlette_aigateway.stores.sqlite.ledger_ops import Op, Prune, Pruned, RollUp
+from starlette_aigateway.stores.sqlite.ledger_ops import Op, Prune, Pruned, RolledUp, RollUp
 from starlette_aigateway.stores.sqlite.ledger_schema import DAY_STEP, SCHEMA, Prices
+from starlette_aigateway.stores.sqlite.ledger_stories import Stories
 from starlette_aigateway.stores.sqlite.ledger_usage import UsageReader
 from starlette_aigateway.stores.sqlite.ledger_writer import BatchWriter
-from starlette_aigateway.testing.ledger_kit import DAY, LEASE, NOON, assert_clean, cached_record, completed, hold_request, records
+from starlette_aigateway.testing.ledger_kit import DAY, LEASE, NOON, assert_clean, cached_record, completed, hold_request, money, records
 from starlette_aigateway.testing.ledger_rollups import FILTERS, GROUPINGS, MIDNIGHT, figures, lively
 
 pytestmark = pytest.mark.anyio
@@ -48,7 +49,8 @@ def path(tmp_path: Path) -> Path:
 def small_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many turns, and no rest between them."""
     monkeypatch.setattr(ledger_rollups, "AT_ONCE", 3)
-    monkeypatch.setattr(ledger_prune, "AT_ONCE", 7)
+    monkeypatch.setattr(ledger_module, "AT_ONCE", 2)
+    monkeypatch.setattr(ledger_stories, "LOOK_AT", 7)
     monkeypatch.setattr(ledger_module, "OTHERS_SHARE", 0.0)
 
 
@@ -200,17 +202,17 @@ def in_turns(connection: sqlite3.Connection, day: int) -> int:
         connection.execute("COMMIT")
         return outcome
 
-    def all_turns(turn: Callable[[int | None], Op]) -> int:
-        gone, start = 0, None
-        while True:
-            outcome = apply(turn(start))
-            gone, start = gone + (outcome.entries if isinstance(outcome, Pruned) else outcome.records), outcome.start
-            if start is None:
-                return gone
-
-    while all_turns(lambda start: Prune(day * DAY, start)):
-        pass
-    return all_turns(lambda start: RollUp(day, start))
+    stories = Stories(day * DAY)
+    while not stories.over:
+        told = stories.step(connection)
+        for story in told:
+            apply(Prune(day * DAY, [story]))
+    rolled_up = RolledUp(0, 0)
+    gone = 0
+    while rolled_up.start is not None:
+        rolled_up = apply(RollUp(day, rolled_up.start))
+        gone += rolled_up.records
+    return gone
 
 
 def report(path: Path) -> list[UsageReport]:
@@ -260,9 +262,9 @@ KILLED = """
 import sys
 from pathlib import Path
 import anyio
-from starlette_aigateway.stores.sqlite import ledger, ledger_prune, ledger_rollups
+from starlette_aigateway.stores.sqlite import ledger, ledger_rollups, ledger_stories
 
-ledger_rollups.AT_ONCE, ledger_prune.AT_ONCE, ledger.OTHERS_SHARE = 2, 7, 0.0
+ledger_rollups.AT_ONCE, ledger_stories.LOOK_AT, ledger.AT_ONCE, ledger.OTHERS_SHARE = 2, 7, 2, 0.0
 run = ledger.SQLiteLedger._run
 
 async def told(self, op):
@@ -315,6 +317,70 @@ async def test_calls_go_on_between_the_turns(path: Path, small_turns: None) -> N
         assert made > 1
         await assert_clean(ledger)
         assert await ledger.roll_up(MIDNIGHT) == 0
+
+
+# -- what stays --------------------------------------------------------------------------------------------------------
+
+
+def periods_of(path: Path) -> tuple[set[str], set[str]]:
+    """Of which periods there are balances, and carries."""
+    with closing(sqlite3.connect(path)) as connection:
+        carries = connection.execute("SELECT DISTINCT day FROM entries WHERE kind = 'carry' AND hold <> ''").fetchall()
+        return {period for (period,) in connection.execute("SELECT period FROM balances")}, {period for (period,) in carries}
+
+
+async def test_a_day_that_is_over_leaves_nothing_but_its_part_of_month_and_lifetime(path: Path, small_turns: None) -> None:
+    async with SQLiteLedger(path, durability="OFF") as ledger:
+        await lively(ledger, 3)
+        await ledger.expire(now=NOON + 10 * DAY)
+        budgets = await ledger.budgets({"principal:alice": None, "gateway": None}, now=NOON)
+        await ledger.prune(NOON - DAY + LEASE / 2)
+        await assert_clean(ledger)  # in the middle of a day
+        assert periods_of(path) == ({"2026-03-30", "2026-03-31", "2026-03", ""}, {"2026-03-30", "2026-03", ""})
+        await ledger.prune(MIDNIGHT)
+        await assert_clean(ledger)
+        assert periods_of(path) == ({"2026-03-31", "2026-03", ""}, {"2026-03", ""})
+        await ledger.prune(NOON + 10 * DAY)
+        await assert_clean(ledger)
+        assert periods_of(path) == ({"2026-03-31", "2026-03", ""},) * 2, "the day that the ledger is in may still be asked for"
+        assert await ledger.budgets({"principal:alice": None, "gateway": None}, now=NOON) == budgets
+        april = NOON + 10 * DAY
+        await ledger.reserve(hold_request("new", scopes=[ScopeClaim("principal:alice")], now=april), now=april)
+        await ledger.settle("use_new", completed(5), now=april)
+        await ledger.reserve(hold_request("last", now=april + 3 * DAY), now=april + 3 * DAY)
+        await ledger.prune(april + DAY)
+        await assert_clean(ledger)
+        assert "2026-04-10" not in periods_of(path)[0]
+
+
+async def test_two_workers_that_prune_at_once_carry_everything_once(path: Path) -> None:
+    await history(path)
+    async with SQLiteLedger(path, durability="OFF") as ledger:
+        stories = Stories(MIDNIGHT)
+        with closing(sqlite3.connect(path)) as connection:
+            told = list(stories.step(connection))
+        assert await ledger.prune(MIDNIGHT) > 0
+        assert await ledger._run(Prune(MIDNIGHT, told)) == Pruned(0)
+        await assert_clean(ledger)
+
+
+async def test_a_hold_of_a_day_that_is_over_is_settled_in_it_all_the_same(path: Path) -> None:
+    async with SQLiteLedger(path, durability="OFF") as ledger:
+        for name in ("done", "running"):
+            await ledger.reserve(hold_request(name, 100, expires_at=NOON + 9 * DAY), now=NOON)
+        await ledger.settle("use_done", completed(30), now=NOON)
+        for number, day in enumerate((1, 2, 3)):
+            await ledger.reserve(hold_request(str(number), 100, expires_at=NOON + 9 * DAY), now=NOON + day * DAY)
+            await ledger.prune(NOON + day * DAY)
+            await assert_clean(ledger)
+        await ledger.settle("use_running", completed(40), now=NOON + 3 * DAY)
+        await assert_clean(ledger)
+        assert await ledger.roll_up(NOON + 3 * DAY) == 1, "the other was settled on the last day"
+        await ledger.reserve(hold_request("last", 100, expires_at=NOON + 9 * DAY), now=NOON + 4 * DAY)
+        assert await ledger.roll_up(NOON + 4 * DAY) == 1
+        assert await money(ledger) == (70, 400)
+        await assert_clean(ledger)
+        assert not any(period.startswith("2026-03-31") for period in periods_of(path)[0])
 
 
 # -- turns -------------------------------------------------------------------------------------------------------------
@@ -383,17 +449,13 @@ async def test_the_audit_finds(path: Path, sql: str) -> None:
 
 async def test_a_ledger_with_data_of_the_release_before_is_brought_up_to_date(path: Path) -> None:
     await history(path)
-    with closing(sqlite3.connect(path)) as connection, connection:
-        for statement in (
-            "DROP TABLE rollups",
-            "DROP INDEX expired_holds",
-            "DELETE FROM meta WHERE name = 'rolled_up'",
-            "PRAGMA user_version=2",
-        ):
-            connection.execute(statement)
     older = path.with_name("older.db")
-    with closing(connect(older, durability="OFF", schema=SCHEMA[:2])) as connection, closing(sqlite3.connect(path)) as downgraded:
-        assert set(tables(downgraded)) == set(tables(connection))
+    with closing(connect(older, durability="OFF", schema=SCHEMA[:2])) as earlier, closing(sqlite3.connect(path)) as file, file:
+        (guard,) = earlier.execute("SELECT sql FROM sqlite_schema WHERE name = 'entries_never_change'").fetchone()
+        undone = ("DROP TABLE rollups", "DROP INDEX expired_holds", "DROP TRIGGER entries_never_change", guard)
+        for statement in (*undone, "DELETE FROM meta WHERE name = 'rolled_up'", "PRAGMA user_version=2"):
+            file.execute(statement)
+        assert set(tables(file)) == set(tables(earlier))
     async with SQLiteLedger(path, durability="OFF") as ledger:
         await assert_clean(ledger)
         before = await figures(ledger)

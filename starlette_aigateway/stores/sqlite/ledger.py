@@ -53,13 +53,15 @@ from .ledger_ops import (
     Settle,
     Told,
 )
+from .ledger_prune import AT_ONCE
 from .ledger_schema import LAST_ENTRY, SCHEMA, Prices
+from .ledger_stories import Stories
 from .ledger_usage import UsageReader
 from .ledger_writer import BatchWriter
 from .readers import Readers
 from .witness import Witness
 
-OTHERS_SHARE = 3.0
+OTHERS_SHARE = 4.0
 LONGEST_REST = 0.25
 """Between two turns of pruning the writer is left to the calls: so many times as long as the turn took, and at most so many seconds."""
 
@@ -209,19 +211,19 @@ class SQLiteLedger:
 
     async def prune(self, before: float) -> int:
         check_moment(before, "before")
-        entries, start = 0, None
-        while True:
-            pruned = await self._in_turn(Prune(before, start))
-            assert isinstance(pruned, Pruned)
-            entries, start = entries + pruned.entries, pruned.start
-            if start is None:
-                return entries
+        stories, entries = Stories(before), 0
+        while not stories.over:
+            told = await self._readers.run(stories.step)
+            for first in range(0, len(told), AT_ONCE):
+                pruned = await self._in_turn(Prune(before, told[first : first + AT_ONCE]))
+                assert isinstance(pruned, Pruned)
+                entries += pruned.entries
+        return entries
 
     async def roll_up(self, before: float) -> int:
         check_moment(before, "before")
         day = day_number(before)
-        while await self.prune(float(day * SECONDS_PER_DAY)):
-            pass  # what lay across two turns lies within one the next time
+        await self.prune(float(day * SECONDS_PER_DAY))
         records, start = 0, None
         while True:
             rolled_up = await self._in_turn(RollUp(day, start))

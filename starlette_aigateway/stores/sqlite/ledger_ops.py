@@ -61,18 +61,28 @@ class EndCredit(Struct, frozen=True):
     now: float
 
 
+class Story(Struct, frozen=True):
+    """The entries of one hold that was settled for good: their row numbers, in order, and what `bookings` of them booked together."""
+
+    seqs: tuple[int, ...]
+    scopes: tuple[str, ...]
+    day: str
+    booked: int
+    bookings: int
+    last_at: float
+
+
 class Prune(Struct, frozen=True):
-    """Carries entries made before `before` that are settled for good, out of a bounded number from `start` on (a row number)."""
+    """Carries a bounded number of stories, out of those before `before`."""
 
     before: float
-    start: int | None
+    stories: Sequence[Story]
 
 
 class Pruned(Struct, frozen=True):
-    """How many entries were replaced, and where the next `Prune` starts; None: there is nothing behind."""
+    """How many entries were replaced."""
 
     entries: int
-    start: int | None
 
 
 class RollUp(Struct, frozen=True):

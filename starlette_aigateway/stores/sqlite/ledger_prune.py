@@ -1,112 +1,99 @@
-"""Pruning: entries of holds that are settled for good give way to one `carry` entry for each scope and period.
+"""Pruning: entries of holds that are settled for good give way to one `carry` entry for each scope and each month and lifetime.
 
 A `carry` entry has its scope as `hold`, its period as `day`, and as `amount` what was spent there by the entries that it stands for. One
 more, without a scope and a period, has the sum of all that was booked, and as `scopes` how many bookings that were: the usage records
 that belong to them stay, and still have to add up. Their row numbers are below zero: in a replay they come before all else.
+
+What was spent in a day that is over decides nothing any more: no later hold counts in it. So such days are not carried, but what is gone
+from the entries goes from their balances too, and with the last of it the balance itself: else there would be one left for each day of
+every account. A day that may still be asked for, or that only a part is pruned of, is carried.
 """
 
 from __future__ import annotations
 
 import sqlite3
 from collections import Counter
-from typing import Final
+from collections.abc import Mapping, Sequence
+from typing import Final, TypeAlias
 
-import msgspec
+from ...policy.budgets import day_number, periods_from, periods_of
+from .ledger_ops import Prune, Pruned, Story
+from .ledger_schema import as_json
 
-from ...policy.budgets import periods_from
-from .ledger_ops import Prune, Pruned
-from .ledger_schema import ADJUSTED, Limit, as_json
+AT_ONCE = 100
+"""Holds that are replaced in one turn of the writer: a few milliseconds."""
 
-AT_ONCE = 2000
-"""Entries that are looked at in one turn of the writer: some milliseconds."""
-
-ENTRIES: Final = "SELECT seq, hold, kind, at, amount, day, scopes FROM entries WHERE seq >= ? AND kind IN ({}) ORDER BY seq LIMIT ?"
-HOLD_KINDS: Final = ENTRIES.format("'hold', 'settle', 'release', 'expire', 'adjust'")
-BOUNDS: Final = "SELECT min(0, coalesce((SELECT min(seq) FROM entries), 0)), coalesce((SELECT max(seq) FROM entries), 0)"
-"""Two questions: SQLite answers one for both ends by walking all that lies between."""
-UNFINISHED: Final = """
-SELECT id FROM holds WHERE id IN (SELECT value FROM json_each(?1))
-UNION ALL SELECT value FROM json_each(?2) WHERE EXISTS (SELECT 1 FROM usage WHERE id = value || ?3)
-"""
-"""Of the holds `?1`, those that wait for a late settlement; of the expired `?2`, those whose late settlement is an entry elsewhere."""
+STATE: Final = "SELECT min(0, coalesce((SELECT min(seq) FROM entries), 0)), (SELECT value FROM meta WHERE name = 'day')"
+THERE: Final = "SELECT seq FROM entries WHERE seq IN (SELECT value FROM json_each(?))"
 CARRIED: Final = """
-SELECT seq, hold, day, amount, scopes FROM json_each(?) AS pair CROSS JOIN entries
+SELECT seq, hold, day, amount FROM json_each(?) AS pair CROSS JOIN entries
 ON kind = 'carry' AND hold = json_extract(pair.value, '$[0]') AND day = json_extract(pair.value, '$[1]')
 """
-TOTAL: Final = ("", "")
 DELETE: Final = "DELETE FROM entries WHERE seq IN (SELECT value FROM json_each(?))"
-INSERT: Final = "INSERT INTO entries (seq, hold, kind, at, amount, day, scopes) VALUES (?, ?, 'carry', ?, ?, ?, ?)"
+ADD: Final = "UPDATE entries SET amount = amount + ?, at = max(at, ?) WHERE seq = ?"
+INSERT: Final = "INSERT INTO entries (seq, hold, kind, at, amount, day) VALUES (?, ?, 'carry', ?, ?, ?)"
+COUNT: Final = "UPDATE entries SET scopes = CAST(coalesce(scopes, 0) + ? AS TEXT) WHERE kind = 'carry' AND hold = '' AND day = ''"
+TAKE: Final = "UPDATE balances SET spent = spent - ? WHERE scope = ? AND period = ?"
+FORGET: Final = """
+DELETE FROM balances WHERE (scope, period) IN (SELECT json_extract(value, '$[0]'), json_extract(value, '$[1]') FROM json_each(?))
+AND spent = 0 AND held = 0 AND open = 0
+"""
 SET: Final = "UPDATE meta SET value = ? WHERE name = ?"
+CARRIED_UP_TO: Final = "UPDATE meta SET value = max(value, ?) WHERE name = 'carried'"
 
-decode_limits = msgspec.json.Decoder(list[Limit]).decode
+Spent: TypeAlias = Mapping[tuple[str, str], int]
+"""Nano-USD by scope and period."""
 
-
-class _Story:
-    """The entries of one hold, as far as they were seen. `expired`: that is the last of them."""
-
-    def __init__(self) -> None:
-        self.seqs: list[int] = []
-        self.scopes: tuple[str, ...] = ()
-        self.day: str | None = None
-        self.booked = 0
-        self.bookings = 0
-        self.ended = False
-        self.expired = False
-        self.last_at = 0.0
-
-    def add(self, seq: int, kind: str, at: float, amount: int, day: str | None, scopes: str | None) -> None:
-        self.seqs.append(seq)
-        self.last_at = max(self.last_at, at)
-        if kind == "hold":
-            self.day, self.scopes = day, tuple(limit.scope for limit in decode_limits(scopes or "[]"))
-            return
-        self.booked += amount
-        self.bookings += 1
-        self.ended = True
-        self.expired = kind == "expire"
+TOTAL: Final = ("", "")
 
 
 def prune(connection: sqlite3.Connection, op: Prune) -> Pruned:
-    """One turn, inside the writer's transaction. The last entry of all stays, so that row numbers go on from it."""
-    first, last = connection.execute(BOUNDS).fetchone()
-    rows = connection.execute(HOLD_KINDS, (op.start or 1, AT_ONCE)).fetchall()
-    stories: dict[str, _Story] = {}
-    for seq, hold_id, *entry in rows:
-        stories.setdefault(hold_id, _Story()).add(seq, *entry)
-    expired = [hold_id for hold_id, story in stories.items() if story.expired]
-    rest = connection.execute(UNFINISHED, (as_json(list(stories)), as_json(expired), ADJUSTED)).fetchall()
-    unfinished = {hold_id for (hold_id,) in rest}
-    done = [
-        story
-        for hold_id, story in stories.items()
-        if story.ended and story.day is not None and story.last_at < op.before and hold_id not in unfinished and last not in story.seqs
-    ]
-    if done:
-        _carry(connection, done, first)
-    after = rows[-1][0] + 1 if len(rows) == AT_ONCE and rows[-1][3] < op.before else None
-    return Pruned(sum(len(story.seqs) for story in done), after)
+    """One turn, inside the writer's transaction."""
+    first, latest_day = connection.execute(STATE).fetchone()
+    there = {seq for (seq,) in connection.execute(THERE, (as_json([seq for story in op.stories for seq in story.seqs]),)).fetchall()}
+    stories = [story for story in op.stories if there.issuperset(story.seqs)]
+    if stories:
+        _replace(connection, stories, first, periods_of(min(day_number(op.before), latest_day)).day)
+    return Pruned(sum(len(story.seqs) for story in stories))
 
 
-def _carry(connection: sqlite3.Connection, done: list[_Story], first: int) -> None:
-    """Replaces `done`, and the carries that are there for the same scopes and periods. `first` is the lowest row number in use."""
-    spent: Counter[tuple[str, str]] = Counter()
-    bookings = 0
+def _replace(connection: sqlite3.Connection, done: Sequence[Story], first: int, open_from: str) -> None:
+    """`first` is the lowest row number in use; days before `open_from` are over."""
+    lasting: Counter[tuple[str, str]] = Counter()
+    over: Counter[tuple[str, str]] = Counter()
     for story in done:
+        day, month, total = periods_from(story.day)
+        of_the_day = over if day < open_from else lasting
         for scope in story.scopes:
-            for period in periods_from(story.day or ""):
-                spent[scope, period] += story.booked
-        spent[TOTAL] += story.booked
-        bookings += story.bookings
+            of_the_day[scope, day] += story.booked
+            lasting[scope, month] += story.booked
+            lasting[scope, total] += story.booked
+        lasting[TOTAL] += story.booked
     gone = [seq for story in done for seq in story.seqs]
-    through = max(gone)
-    at = max(story.last_at for story in done)
-    for seq, scope, period, amount, count in connection.execute(CARRIED, (as_json(list(spent)),)).fetchall():
-        spent[scope, period] += amount
-        bookings += int(count or 0)
-        gone.append(seq)
     connection.execute(SET, (1, "carrying"))
+    gone += _forget(connection, over)
     connection.execute(DELETE, (as_json(gone),))
+    _carry(connection, lasting, first, max(story.last_at for story in done))
+    connection.execute(COUNT, (sum(story.bookings for story in done),))
     connection.execute(SET, (0, "carrying"))
-    for place, ((scope, period), amount) in enumerate(sorted(spent.items()), 1):
-        connection.execute(INSERT, (first - place, scope, at, amount, period, str(bookings) if (scope, period) == TOTAL else None))
-    connection.execute("UPDATE meta SET value = max(value, ?) WHERE name = 'carried'", (through,))
+    connection.execute(CARRIED_UP_TO, (max(gone),))
+
+
+def _carry(connection: sqlite3.Connection, spent: Spent, first: int, at: float) -> None:
+    """Adds to the carries that are there, and makes one where there is none."""
+    places = {(scope, period): seq for seq, scope, period, _ in connection.execute(CARRIED, (as_json(list(spent)),)).fetchall()}
+    connection.executemany(ADD, [(spent[pair], at, seq) for pair, seq in places.items()])
+    new = sorted(pair for pair in spent if pair not in places)
+    connection.executemany(INSERT, [(first - place, pair[0], at, spent[pair], pair[1]) for place, pair in enumerate(new, 1)])
+
+
+def _forget(connection: sqlite3.Connection, spent: Counter[tuple[str, str]]) -> Sequence[int]:
+    """Takes what is gone from the balances of days that are over. Gives the row numbers of what was carried for them while they were
+    not: it goes, too."""
+    pairs = as_json(list(spent))
+    carried = connection.execute(CARRIED, (pairs,)).fetchall()
+    for _, scope, period, amount in carried:
+        spent[scope, period] += amount
+    connection.executemany(TAKE, [(amount, *pair) for pair, amount in spent.items()])
+    connection.execute(FORGET, (pairs,))
+    return [seq for seq, *_ in carried]

@@ -13,10 +13,10 @@ from ...policy.budgets import SECONDS_PER_DAY, day_from
 from .ledger_ops import RolledUp, RollUp
 from .ledger_schema import ADJUSTED, DAY_STEP, ROLLED_UP, SUMMED, as_json, day_base, seq_base
 
-AT_ONCE = 500
+AT_ONCE = 64
 """Records that are looked at in one turn of the writer: some milliseconds."""
 
-HELD_AT_ONCE = 1000
+HELD_AT_ONCE = 256
 """Holds with entries that one turn knows of. Days that have more such holds before them wait."""
 
 SUMS: Final = ", ".join(SUMMED)

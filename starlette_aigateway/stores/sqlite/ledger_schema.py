@@ -12,8 +12,8 @@
 - `credits`: temporary top-ups, for good; `ended_at` is set when one no longer counts. Each is an entry of its amount when it is given,
   and one of the negative amount when it ends.
 - `caps`: those of tenants and of the gateway. `meta`: `day` is the latest UTC day that a hold was asked for in, granted or not,
-  in days since 1970; of the entries up to the row number `carried` not all are there any more; `carrying` is 1 while some are deleted;
-  records of the days before the day `rolled_up` may be rollups.
+  in days since 1970; of the entries up to the row number `carried` not all are there any more; `carrying` is 1 while some are
+  deleted, and carries added to; records of the days before the day `rolled_up` may be rollups.
 """
 
 from __future__ import annotations
@@ -92,6 +92,10 @@ CREATE INDEX rollups_key ON rollups (key_id) WHERE key_id IS NOT NULL;
 CREATE INDEX rollups_model ON rollups (model);
 CREATE INDEX expired_holds ON holds (expires_at) WHERE expired = 1;
 INSERT INTO meta VALUES ('rolled_up', 0);
+DROP TRIGGER entries_never_change;
+CREATE TRIGGER entries_never_change BEFORE UPDATE ON entries
+WHEN OLD.kind <> 'carry' OR NEW.kind <> 'carry' OR (SELECT value FROM meta WHERE name = 'carrying') = 0
+BEGIN SELECT raise(ABORT, 'entries are append-only'); END;
 """,
 )
 
