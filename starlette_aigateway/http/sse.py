@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
-from contextlib import AbstractAsyncContextManager, suppress
+from contextlib import AbstractAsyncContextManager
 from decimal import Decimal
 from typing import Literal, Protocol, TypeAlias
 
@@ -139,8 +139,7 @@ class EventStreamResponse(Response):
             async with self._open_stream() as stream:
                 begun = True
                 self.stream = stream
-                with suppress(OSError):  # a server may also tell by a failing send that the client is gone (ASGI 2.4)
-                    await self._write(stream, send)
+                await self._write(stream, send)
         except AIGatewayError as error:
             if begun:
                 raise
@@ -157,13 +156,15 @@ class EventStreamResponse(Response):
     async def _write(self, stream: AnswerStream, send: Send) -> None:
         writer = self._writer(stream)
         self._tell(stream_headers(stream))
-        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-        data, more = await _next_bytes(stream, writer)
-        while more:
-            if data:
-                await send({"type": "http.response.body", "body": data, "more_body": True})
-            data, more = await _next_bytes(stream, writer)
-        await send({"type": "http.response.body", "body": data, "more_body": False})
+        try:
+            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            more = True
+            while more:
+                data, more = await _next_bytes(stream, writer)
+                if data or not more:
+                    await send({"type": "http.response.body", "body": data, "more_body": more})
+        except OSError:  # a server may also tell by a failing send that the client is gone (ASGI 2.4)
+            return
 
     def _tell(self, told: list[Header]) -> None:
         names = {name for name, _ in told}

@@ -18,6 +18,7 @@ from .openai_chat_answer import WIRE, choices, decode_usage, error_facts, is_nul
 from .openai_chat_assembly import Assembly
 
 DONE = b"data: [DONE]\n\n"
+UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 NEXT_DATA = b"\n\ndata:"
 _NOTHING = Raw(b"")
 _FOLLOWER = Native(WIRE, b"")
@@ -84,8 +85,13 @@ class EventReader:
             blocks = self._blocks.feed(data)
         except sse.SSEError:
             raise ProviderError("the provider sent an event that is too long") from None
-        if blocks.find(b"\n") == len(blocks) - 2 and blocks.startswith(b"data:") and _is_plain(blocks[5:-2]):
-            return iter((RawEvents(WIRE, blocks, 1),))
+        if blocks.find(b"\n") == len(blocks) - 2 and blocks.startswith(b"data:"):
+            try:
+                _plain_decoder.decode(blocks[5:])
+            except UNREADABLE:
+                pass
+            else:
+                return iter((RawEvents(WIRE, blocks, 1),))
         return self._items(blocks)
 
     def close(self) -> Iterator[StreamItem]:
@@ -100,15 +106,18 @@ class EventReader:
             yield from self._chunks(before)
         run: list[bytes] = []
         for piece in pieces:
-            if _is_plain(piece):
-                run.append(piece)
-                continue
-            if run:
-                yield _raw(run)
-                run = []
-            yield from self._chunks(b"data:" + piece)
-            if self.saw_done:
-                return
+            try:
+                _plain_decoder.decode(piece)
+            except UNREADABLE:
+                if not _says_nothing(piece):
+                    if run:
+                        yield _raw(run)
+                        run = []
+                    yield from self._chunks(b"data:" + piece)
+                    if self.saw_done:
+                        return
+                    continue
+            run.append(piece)
         if run:
             yield _raw(run)
 
@@ -128,21 +137,13 @@ def _raw(run: list[bytes]) -> RawEvents:
     return RawEvents(WIRE, b"data:" + NEXT_DATA.join(run) + b"\n\n", len(run))
 
 
-def _is_plain(data: bytes) -> bool:
-    """Whether an event of these bytes carries nothing that the gateway needs. What is not JSON, or not as it should be, is judged as
-    bytes."""
-    try:
-        _plain_decoder.decode(data)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        return b"\n" not in data and _says_nothing(data)
-    return True
-
-
 def _says_nothing(line: bytes) -> bool:
-    """It may call an event not plain that is (a token that reads "usage"), never the other way round: a key of a JSON object stands in
-    the bytes as it is, or with a letter written as `\\u006x` or `\\u007x`, and then nothing here is plain."""
+    """Of what is not JSON, or not as it should be: whether it holds nothing that the gateway needs. It may say no where that is so (a token
+    that reads "usage"), never the other way round: a key of a JSON object stands in the bytes as it is, or with a letter written as
+    `\\u006x` or `\\u007x`."""
     return (
-        _only_nulls(line, b'"finish_reason"')
+        b"\n" not in line
+        and _only_nulls(line, b'"finish_reason"')
         and _only_nulls(line, b'"usage"')
         and _only_nulls(line, b'"error"')
         and b"[DONE]" not in line
@@ -163,7 +164,7 @@ def _is_done(event: sse.SSEEvent) -> bool:
 def _is_json(data: bytes) -> bool:
     try:
         msgspec.json.decode(data, type=Raw)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+    except UNREADABLE:
         return False
     return True
 
@@ -173,7 +174,7 @@ def _decode_event(event: sse.SSEEvent) -> Sequence[Chunk]:
         return ()
     try:
         wire = _chunk_decoder.decode(event.data)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+    except UNREADABLE:
         raise ProviderError("the provider sent an event that is not a chat completion chunk") from None
     if event.event == "error" or wire.object == "error" or not is_null(wire.error):
         raise ProviderError("the provider reported an error on its stream", details=dict(error_facts(event.data)) or None)

@@ -43,8 +43,9 @@ class BlockReader:
         self._started = False
 
     def feed(self, data: bytes) -> bytes:
-        if self._started and not self._buffer and not self._after_cr and _is_whole(data) and len(data) <= self._max:
-            return data
+        whole = data.endswith(b"\n\n") and b"\r" not in data and len(data) <= self._max
+        if whole and self._started and not self._buffer and not self._after_cr:
+            return data  # as most reads are: nothing is to be turned, and nothing left over
         if not self._started:
             data = self._without_bom(data)
         if self._after_cr or b"\r" in data:
@@ -104,11 +105,6 @@ class SSEDecoder:
     def close(self) -> list[SSEEvent]:
         """The event that the stream ended in, if its blank line is missing."""
         return decode_events(self._blocks.close())
-
-
-def _is_whole(data: bytes) -> bool:
-    """As most reads are: nothing is to be turned, and nothing left over."""
-    return data.endswith(b"\n\n") and b"\r" not in data
 
 
 def split_complete(buffer: bytes) -> tuple[bytes, bytes]:
