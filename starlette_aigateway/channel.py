@@ -31,7 +31,8 @@ class Channel(Generic[T]):
         if self.abandoned:
             return True
         self._items.append(item)
-        self._wake_reader()
+        if self._reader is not None:
+            self._wake_reader()
         return len(self._items) < self._size
 
     async def room(self) -> None:
@@ -53,7 +54,8 @@ class Channel(Generic[T]):
             self._reader = wakeup()
             await self._reader.wait()
         items, self._items = self._items, []
-        self._wake_writer()
+        if self._writer is not None:
+            self._wake_writer()
         return items
 
     def leave(self) -> None:

@@ -48,7 +48,8 @@ class _Watch:
 
     async def _listen(self) -> None:
         try:
-            await _disconnected(self._receive)
+            while (await self._receive())["type"] != "http.disconnect":
+                pass
         finally:
             if not self._over:
                 self._scope.cancel()
@@ -78,7 +79,8 @@ async def _with_a_group(receive: Receive, work: Callable[[], Awaitable[T]], pace
     async with anyio.create_task_group() as group:
 
         async def listen() -> None:
-            await _disconnected(receive)
+            while (await receive())["type"] != "http.disconnect":
+                pass
             group.cancel_scope.cancel()
 
         async def look(pace: Pace) -> None:
@@ -103,11 +105,6 @@ async def _with_a_group(receive: Receive, work: Callable[[], Awaitable[T]], pace
         raise ClientLeft
     assert failure is not None
     raise failure
-
-
-async def _disconnected(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
 
 
 async def present(receive: Receive) -> bool:
