@@ -4,7 +4,8 @@ Everything is on: a stored key with windows of requests and of tokens and with c
 directory, the cache. The limits are too large to refuse anything, and are counted all the same.
 
 With `LEDGER=none` nothing is held or booked, so that the cost of the ledger itself can be told. With `DATA_DIR=<a directory>` that one is
-used and left there: by several workers, or filled before. `TRANSPORT` is `aiohttp` or `httptools`; without it, the gateway chooses.
+used and left there: by several workers, or filled before (`benchmarks/scale.py`). `RETENTION_DAYS=30` rolls up what is older.
+`TRANSPORT` is `aiohttp` or `httptools`; without it, the gateway chooses.
 
     $ WORK=<a directory> uvicorn --app-dir benchmarks app:app --port 9201 --loop uvloop --http httptools --no-access-log
 
@@ -18,13 +19,14 @@ import shutil
 import tempfile
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
+from datetime import timedelta
 from pathlib import Path
 
 from no_ledger import NoLedger
 from starlette.applications import Starlette
 from starlette.routing import Mount
 
-from starlette_aigateway import AIGateway, Conflict, Price
+from starlette_aigateway import AIGateway, Conflict, Price, Retention
 from starlette_aigateway.policy.keys import mint
 from starlette_aigateway.protocols import Transport
 from starlette_aigateway.providers import OpenAIProvider
@@ -64,7 +66,7 @@ def transport() -> Transport | None:
 
 
 def build() -> Starlette:
-    given = os.environ.get("DATA_DIR")
+    given, days = os.environ.get("DATA_DIR"), os.environ.get("RETENTION_DAYS")
     data_dir = Path(given or tempfile.mkdtemp(prefix="aigateway-", dir=WORK))
     gateway = AIGateway(
         providers=[OpenAIProvider(api_key="upstream", base_url=UPSTREAM, transport=transport())],
@@ -72,6 +74,7 @@ def build() -> Starlette:
         prices={"gpt-4o-mini": Price("0.15", "0.60", cache_read="0.075")},
         ledger=None if os.environ.get("LEDGER") != "none" else NoLedger(),
         random=random,
+        retention=None if days is None else Retention(records=timedelta(days=float(days))),
     )
 
     @asynccontextmanager

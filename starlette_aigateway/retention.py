@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 
 import anyio
 
+from .errors import AIGatewayError
 from .policy.retention import Retention
 from .protocols import Clock, IdempotencyStore, Ledger
 
 EVERY_SECONDS = 3600.0
 CLAIM = "retention"
 HOLDER_BYTES = 16
+RELEASE_SECONDS = 1.0
 log = logging.getLogger("starlette_aigateway")
 
 
@@ -50,10 +53,16 @@ class Retainer:
 
     async def take_turn(self) -> None:
         """Rolls up and prunes what is old enough, unless somebody did within the hour."""
-        now = self._clock()
-        claim = await self._claims.claim(CLAIM, CLAIM, holder=self._random(HOLDER_BYTES).hex(), until=now + EVERY_SECONDS, now=now)
-        if claim.state == "claimed":
+        now, holder = self._clock(), self._random(HOLDER_BYTES).hex()
+        claim = await self._claims.claim(CLAIM, CLAIM, holder=holder, until=now + EVERY_SECONDS, now=now)
+        if claim.state != "claimed":
+            return
+        try:
             await self.retain(now)
+        except BaseException:
+            with anyio.move_on_after(RELEASE_SECONDS, shield=True), suppress(AIGatewayError):
+                await self._claims.release(CLAIM, holder=holder)  # who starts next goes on where this one was stopped
+            raise
 
     async def retain(self, now: float) -> None:
         """Holds whose week for a late settlement is over are forgotten first: they would keep their entries and their records."""

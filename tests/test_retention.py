@@ -109,6 +109,26 @@ async def test_of_several_workers_one_does_it_in_an_hour(tmp_path: Path, clock: 
         clock.advance(2000)
 
 
+async def test_a_worker_that_is_stopped_in_the_middle_leaves_the_rest_to_whoever_comes_next(
+    tmp_path: Path, clock: FakeClock, ledger: Told, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun = anyio.Event()
+
+    async def endless(before: float) -> int:
+        begun.set()
+        await anyio.sleep_forever()
+        return 0
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ledger, "roll_up", endless)
+        async with anyio.create_task_group() as group:
+            group.start_soon(retainer(ledger, tmp_path, clock).take_turn)
+            await begun.wait()
+            group.cancel_scope.cancel()
+    await retainer(ledger, tmp_path, clock).take_turn()
+    assert ledger.rolled.is_set()
+
+
 async def test_entries_may_go_before_the_records(tmp_path: Path, clock: FakeClock, ledger: Told) -> None:
     async with gateway_over(tmp_path, ledger, clock, None) as gateway:
         await call(gateway)
