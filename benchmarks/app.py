@@ -5,6 +5,8 @@ directory, the cache. The limits are too large to refuse anything, and are count
 
 With `LEDGER=none` nothing is held or booked, so that the cost of the ledger itself can be told. With `DATA_DIR=<a directory>` that one is
 used and left there: by several workers, or filled before (`benchmarks/scale.py`). `RETENTION_DAYS=30` rolls up what is older.
+
+After the start the garbage collector is frozen, as `docs/performance.md` tells hosts; with `GC=default` it is not.
 `TRANSPORT` is `aiohttp` or `httptools`; without it, the gateway chooses.
 
     $ WORK=<a directory> uvicorn --app-dir benchmarks app:app --port 9201 --loop uvloop --http httptools --no-access-log
@@ -14,6 +16,7 @@ used and left there: by several workers, or filled before (`benchmarks/scale.py`
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import tempfile
@@ -91,6 +94,9 @@ def build() -> Starlette:
                         monthly_cap_usd=PLENTY,
                         hard_cap_usd=PLENTY,
                     )
+                if os.environ.get("GC") != "default":
+                    gc.collect()
+                    gc.freeze()
                 yield
         finally:
             if given is None:
