@@ -1,6 +1,7 @@
 """Whoever makes an answer is stopped when its client leaves, or takes nothing more, and by nothing else."""
 
 import logging
+import time
 from collections.abc import Awaitable, Callable
 
 import anyio
@@ -9,7 +10,7 @@ from starlette.types import Message
 
 from starlette_aigateway.http.bodies import ClientLeft
 from starlette_aigateway.http.pace import Pace
-from starlette_aigateway.http.presence import while_present
+from starlette_aigateway.http.presence import A_MOMENT, present, while_present
 
 pytestmark = pytest.mark.anyio
 
@@ -147,3 +148,25 @@ async def test_a_client_that_takes_what_it_is_sent_may_wait_for_more_as_long_as_
 
     with anyio.fail_after(5):
         assert await while_present(client.receive, work, pace) == "an answer"
+
+
+async def test_a_moment_for_which_the_process_did_not_run_says_nothing() -> None:
+    asked = 0
+
+    async def receive() -> Message:
+        nonlocal asked
+        asked += 1
+        if asked == 1:
+            time.sleep(5 * A_MOMENT)  # as if others had the processor
+            await anyio.sleep_forever()
+        return {"type": "http.disconnect"}
+
+    assert not await present(receive)
+
+
+async def test_who_says_nothing_is_there() -> None:
+    async def receive() -> Message:
+        await anyio.sleep_forever()
+        raise AssertionError
+
+    assert await present(receive)

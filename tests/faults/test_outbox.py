@@ -1,5 +1,6 @@
 """What a call cost is never dropped while the process lives: a ledger that is away is told later, by whoever comes, also at the end."""
 
+import gc
 import logging
 import subprocess
 import sys
@@ -153,6 +154,7 @@ async def test_at_the_end_of_a_lifespan_it_is_tried_once_more(ledger: FaultyLedg
 async def test_what_a_process_must_end_without_is_told_to_its_log_by_id_and_amount_alone(
     ledger: FaultyLedger, caplog: pytest.LogCaptureFixture
 ) -> None:
+    gc.collect()  # the gateways of other tests have had their last words
     gateway = gateway_over(ledger, ScriptedProvider("a secret"))
     with caplog.at_level(logging.ERROR, "starlette_aigateway"):
         async with gateway:
