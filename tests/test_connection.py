@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from starlette_aigateway.errors import StorageUnavailable
+from starlette_aigateway.stores.sqlite import connection
 from starlette_aigateway.stores.sqlite.connection import PerProcess, connect, create_private
 
 
@@ -73,3 +74,16 @@ def test_a_forked_child_gets_a_connection_of_its_own_and_leaves_its_parents_open
         childs.execute("SELECT 1")
     assert parents.execute("SELECT 1").fetchone() == (1,)
     parents.close()
+
+
+def test_a_start_does_not_read_all_of_a_large_database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "large.db"
+    opened = connection.connect(path, durability="OFF", schema=("CREATE TABLE t (x)",))
+    asked: list[str] = []
+    opened.set_trace_callback(asked.append)
+    connection.look_for_damage(opened, path, "mend it")
+    assert asked == ["PRAGMA quick_check(1)"]
+    monkeypatch.setattr(connection, "CHECK_BYTES", 0)
+    connection.look_for_damage(opened, path, "mend it")
+    assert asked == ["PRAGMA quick_check(1)"]
+    opened.close()

@@ -23,7 +23,10 @@ NETWORK_FILE_SYSTEMS = frozenset(
 
 DAMAGE = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB})
 CHECK_SECONDS = 2.0
-"""The longest that a start looks for damage; a gigabyte takes about as long. `aigateway check` reads all."""
+"""The longest that a start looks for damage. `aigateway check` reads all."""
+
+CHECK_BYTES = 2**28
+"""A start reads no larger file: off a cold disk it takes minutes, and SQLite does not look at the time while it checks one tree."""
 
 
 def connect(
@@ -67,7 +70,10 @@ def damaged(path: Path, reason: str, remedy: str) -> StorageDamaged:
 
 
 def look_for_damage(connection: sqlite3.Connection, path: Path, remedy: str) -> None:
-    """Reads the file, its first tables first, for `CHECK_SECONDS` at most. Raises `StorageUnavailable` for what it finds."""
+    """Reads the file, its first tables first, for `CHECK_SECONDS` at most, and nothing of one of more than
+    `CHECK_BYTES`. Raises `StorageUnavailable` for what it finds."""
+    if path.stat().st_size > CHECK_BYTES:
+        return
     deadline = time.monotonic() + CHECK_SECONDS
     connection.set_progress_handler(lambda: time.monotonic() > deadline, 10_000)
     try:
