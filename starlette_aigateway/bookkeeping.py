@@ -95,9 +95,8 @@ class Bookkeeping:
         totals: bool = True,
     ) -> UsageReport:
         """Totals and groups over what the filters match (`totals=False`: only the page), and one page of records, newest first. The range
-        is half-open. Where records were
-        rolled up (`retention=`, `prune_usage`) the report says before which midnight: there a range counts by whole UTC days, each as at
-        its midnight, and pages have no records."""
+        is half-open. Where records were rolled up (`retention=`, `prune_usage`) the report says before which midnight: there a range
+        counts by whole UTC days, each as at its midnight, and pages have no records."""
         for name, value in (("principal", principal), ("tenant", tenant), ("key_id", key_id), ("model", model), ("cursor", cursor)):
             if not isinstance(value, str | None):
                 raise InvalidArgument(f"{name} must be a string, not {type(value).__name__}", param=name)

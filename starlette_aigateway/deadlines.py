@@ -122,6 +122,7 @@ class TaskDeadline:
 
     def anew(self, seconds: float) -> None:
         self._at = monotonic() + seconds
+        self._due = False
         if self._task is not None and not self._fired:
             self._arm()
 
@@ -162,7 +163,8 @@ class TaskDeadline:
         self.held = False
         if self._due:
             self._due = False
-            self._timer = self._loop.call_later(0.0, self._fire)
+            self._at = 0.0
+            self._arm()
 
 
 class ScopeDeadline:

@@ -84,6 +84,6 @@ def test_a_start_does_not_read_all_of_a_large_database(tmp_path: Path, monkeypat
     connection.look_for_damage(opened, path, "mend it")
     assert asked == ["PRAGMA quick_check(1)"]
     monkeypatch.setattr(connection, "CHECK_BYTES", 0)
-    connection.look_for_damage(opened, path, "mend it")
-    assert asked == ["PRAGMA quick_check(1)"]
+    connection.look_for_damage(opened, path, "mend it", ("t",))
+    assert asked == ["PRAGMA quick_check(1)", "PRAGMA quick_check(t)"]
     opened.close()

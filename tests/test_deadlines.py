@@ -237,3 +237,16 @@ async def test_nothing_is_left_of_a_block_that_ended_as_its_deadline_passed() ->
         assert task.cancelling() == 0
 
     await asyncio.create_task(work())
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_a_deadline_that_begins_anew_while_its_block_is_critical_has_not_passed() -> None:
+    async def work() -> None:
+        with deadline(60, shield=True) as limit:
+            with limit.critical(60):
+                await pass_within(limit)
+                limit.anew(60)
+            await anyio.sleep(0.01)
+        assert not limit.cancel_called
+
+    await in_a_task_of_its_own(work)

@@ -26,7 +26,8 @@ CHECK_SECONDS = 2.0
 """The longest that a start looks for damage. `aigateway check` reads all."""
 
 CHECK_BYTES = 2**28
-"""A start reads no larger file: off a cold disk it takes minutes, and SQLite does not look at the time while it checks one tree."""
+"""Of larger files a start reads the vital tables only: off a cold disk all would take minutes, and SQLite does not look at the time while
+it checks one tree."""
 
 
 def connect(
@@ -69,15 +70,14 @@ def damaged(path: Path, reason: str, remedy: str) -> StorageDamaged:
     return StorageDamaged(f"{path.name} is damaged or no database ({reason}): {remedy}")
 
 
-def look_for_damage(connection: sqlite3.Connection, path: Path, remedy: str) -> None:
-    """Reads the file, its first tables first, for `CHECK_SECONDS` at most, and nothing of one of more than
-    `CHECK_BYTES`. Raises `StorageUnavailable` for what it finds."""
-    if path.stat().st_size > CHECK_BYTES:
-        return
+def look_for_damage(connection: sqlite3.Connection, path: Path, remedy: str, vital: Sequence[str] = ()) -> None:
+    """Reads the file, its first tables first, for `CHECK_SECONDS` at most; of one of more than
+    `CHECK_BYTES` its `vital` tables. Raises `StorageUnavailable` for what it finds."""
+    checks = [f"PRAGMA quick_check({table})" for table in vital] if path.stat().st_size > CHECK_BYTES else ["PRAGMA quick_check(1)"]
     deadline = time.monotonic() + CHECK_SECONDS
     connection.set_progress_handler(lambda: time.monotonic() > deadline, 10_000)
     try:
-        (found,) = connection.execute("PRAGMA quick_check(1)").fetchone()
+        found = next((said for check in checks if (said := connection.execute(check).fetchone()[0]) != "ok"), "ok")
     except sqlite3.OperationalError as error:
         if error.sqlite_errorcode != sqlite3.SQLITE_INTERRUPT:
             raise

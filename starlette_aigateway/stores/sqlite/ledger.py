@@ -65,6 +65,9 @@ OTHERS_SHARE = 4.0
 LONGEST_REST = 0.25
 """Between two turns of pruning the writer is left to the calls: so many times as long as the turn took, and at most so many seconds."""
 
+VITAL = ("meta", "caps", "credits", "holds", "balances")
+"""What decides on grants. The other tables are history, and most of a large file."""
+
 REMEDY = (
     "stop the service, see with `aigateway check --data-dir ...` what is left, and put a backup back: what was spent since is then in no"
     " cap. To begin anew, with nothing spent, move ledger.db, ledger.db-wal and ledger.db.lock away"
@@ -109,7 +112,7 @@ class SQLiteLedger:
 
     async def __aenter__(self) -> Self:
         try:
-            await self._readers.run(lambda connection: look_for_damage(connection, self._path, REMEDY))
+            await self._readers.run(lambda connection: look_for_damage(connection, self._path, REMEDY, VITAL))
             await self.ping()
         except BaseException:
             await self.aclose()
