@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -12,6 +12,8 @@ from diskcache import Cache, Disk
 from diskcache.core import MODE_RAW, UNKNOWN
 
 SELECT = "SELECT mode, filename, value FROM Cache WHERE key = ? AND raw = 1"
+KEYS = "SELECT key FROM Cache WHERE raw = 1"  # from its index alone
+LONGEST = "SELECT max(expire_time) FROM Cache"
 UPSERT = f"""
 INSERT INTO Cache (key, raw, store_time, expire_time, access_time, access_count, tag, size, mode, filename, value)
 VALUES (?, 1, ?, ?, ?, 0, NULL, 0, {MODE_RAW}, NULL, ?)
@@ -109,6 +111,15 @@ class OneConnection(Cache):  # type: ignore[misc]  # diskcache ships no types
         """As `set` of each key, value and seconds to live, with one statement for all of them."""
         now = time.time()
         self._con.executemany(UPSERT, [(key, now, now + ttl, now, value) for key, value, ttl in values])
+
+    def keys(self) -> Iterator[str]:
+        """Those of all rows that `read` may find."""
+        return (key for (key,) in self._con.execute(KEYS) if type(key) is str)
+
+    def longest_ttl(self) -> float:
+        """Seconds that the last row has to live; 0 without any."""
+        (latest,) = self._con.execute(LONGEST).fetchone()
+        return 0.0 if latest is None else latest - time.time()
 
     def close(self) -> None:
         connection, self._connection = self._connection, None

@@ -18,6 +18,7 @@ from struct import Struct, error
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 from .cache_purges import Generation, Purges
+from .cache_sieve import Sieve
 from .protocols import Clock
 
 if TYPE_CHECKING:
@@ -80,7 +81,8 @@ Tasks: TypeAlias = queue.SimpleQueue[Task | None]
 
 
 class CacheFiles:
-    """`cache.db` and the file `purges`, which counts the purges. Nothing is opened before the first task.
+    """`cache.db`, the file `purges`, which counts the purges, and the file `sieve`, which tells what cannot be in the first. Nothing is
+    opened before the first task.
 
     Everything that fails is told to `failed`, and is a miss or a write that does not happen. `read`, `write` and `generation` are for
     event loops and do not wait; `open`, `purge` are carried out on the thread, by `ask`.
@@ -91,6 +93,7 @@ class CacheFiles:
         self._path = directory / NAME
         self._purges = Purges(directory / "purges")
         self.generation = self._purges.generation
+        self._sieve = Sieve(directory / "sieve")
         self._size_limit = size_limit
         self._clock = clock
         self._failed = failed
@@ -116,7 +119,7 @@ class CacheFiles:
         waiting = self._pending.get(key)
         if waiting is not None and waiting.entry.generation in (None, generation):
             return waiting.entry
-        if self._reader is None:
+        if self._reader is None or not self._sieve.may_hold(key, self._clock()):
             return None
         try:
             with self._reading:
@@ -189,7 +192,13 @@ class CacheFiles:
                     self._set_aside()
                 self._open_files()
             self._retry_at = float("-inf")
+        if self._writer is not None and self._sieve.refresh():
+            self._mark_all(self._writer)
         return int(self._writer is not None)
+
+    def _mark_all(self, writer: OneConnection) -> None:
+        """What is on disk when a process opens the files. What comes later is marked by whoever writes it."""
+        self._sieve.mark(writer.keys(), self._clock() + writer.longest_ttl())
 
     def purge(self) -> int:
         """Removes every row and says how many. A new generation begins before it, which ends the writes that were queued elsewhere, and one
@@ -242,7 +251,7 @@ class CacheFiles:
         try:
             if self.open() and self._writer is not None:
                 with self._writer.transact():
-                    apply(self._writer, tasks, self.generation())
+                    apply(self._writer, self._sieve, tasks, self.generation())
                 self._cull(tasks)
         except Exception as failure:  # noqa: BLE001  # a write that fails is an answer that is not kept
             self._failed("write", failure)
@@ -312,19 +321,16 @@ SUFFIXES = ("-wal", "-shm", "")
 """The files of a database, itself at last."""
 
 
-def apply(writer: OneConnection, tasks: Sequence[Put | Forget], generation: Generation) -> None:
+def apply(writer: OneConnection, sieve: Sieve, tasks: Sequence[Put | Forget], generation: Generation) -> None:
     """The last write of each key, within a transaction. A purge between `write` and now has made an entry void."""
     last = {task.key: task for task in tasks}.values()
     for task in last:
         if isinstance(task, Forget):
             writer.delete(task.key)
-    writer.write(
-        [
-            (task.key, EXPIRY.pack(task.entry.expires_at) + task.entry.value, task.ttl)
-            for task in last
-            if isinstance(task, Put) and task.entry.generation in (None, generation)
-        ]
-    )
+    puts = [task for task in last if isinstance(task, Put) and task.entry.generation in (None, generation)]
+    for put in puts:
+        sieve.mark((put.key,), put.entry.expires_at)
+    writer.write([(put.key, EXPIRY.pack(put.entry.expires_at) + put.entry.value, put.ttl) for put in puts])
 
 
 def take(tasks: Tasks, hurry: threading.Event) -> tuple[list[Task], bool]:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from diskcache.core import MODE_BINARY, MODE_PICKLE, MODE_RAW, MODE_TEXT
 from starlette_aigateway import cache_files, cache_purges
 from starlette_aigateway.cache import DiskResponseCache, wait
 from starlette_aigateway.cache_disk import BytesDisk
+from starlette_aigateway.cache_sieve import Sieve
 from starlette_aigateway.protocols import ResponseCache
 from starlette_aigateway.testing.cache import ResponseCacheContract, SharedResponseCacheContract, key
 from starlette_aigateway.testing.clock import FakeClock
@@ -84,6 +86,9 @@ def plant(directory: Path, name: str, *, mode: int, value: object = None, filena
         )
     finally:
         connection.close()
+    sieve = Sieve(directory / "sieve")
+    sieve.refresh()
+    sieve.mark([key(name)], inf)
 
 
 async def fresh(directory: Path, clock: FakeClock) -> DiskResponseCache:
@@ -168,7 +173,7 @@ async def test_no_file_is_ever_written_for_a_value(directory: Path, clock: FakeC
     async with DiskResponseCache(directory, clock=clock) as cache:
         await cache.put(key("a"), b"x" * 2**20, 60)
         await cache.flush()
-        assert {path.name for path in directory.iterdir()} <= {"cache.db", "cache.db-wal", "cache.db-shm", "purges"}
+        assert {path.name for path in directory.iterdir()} <= {"cache.db", "cache.db-wal", "cache.db-shm", "purges", "sieve"}
 
 
 async def test_the_directory_is_for_this_user_only(directory: Path, clock: FakeClock) -> None:

@@ -28,7 +28,7 @@ import os, sys
 from datetime import UTC, datetime
 from pathlib import Path
 import anyio
-from starlette_aigateway import shared_counter
+from starlette_aigateway import shared_cells
 from starlette_aigateway.stores.sqlite.commit_mark import CommitMark
 from starlette_aigateway.stores.sqlite.config import ConfigDatabase
 from starlette_aigateway.stores.sqlite.keys import SQLiteKeyStore
@@ -52,7 +52,7 @@ CANNOT_MAP = """
 def refused(*_):
     raise PermissionError
 
-shared_counter.mmap.mmap = refused
+shared_cells.mmap.mmap = refused
 """
 
 
@@ -262,7 +262,7 @@ async def test_a_reader_that_cannot_map_asks_each_time(
     def refused(*_: object) -> None:
         raise PermissionError
 
-    monkeypatch.setattr("starlette_aigateway.shared_counter.mmap.mmap", refused)
+    monkeypatch.setattr("starlette_aigateway.shared_cells.mmap.mmap", refused)
     await give(store, 1)
     asked = questions(database)
     assert await opens(store, 1)

@@ -17,7 +17,7 @@ LAYERS: tuple[dict[str, set[str]], ...] = (
         "wakeup": {"wakeup"},
         "entropy": {"entropy"},
         "deadlines": {"deadlines", "patience"},
-        "shared_counter": {"shared_counter"},
+        "shared_counter": {"shared_cells", "shared_counter"},
     },
     {"wires": {"wires"}},
     {"policy": {"policy"}},
@@ -25,7 +25,7 @@ LAYERS: tuple[dict[str, set[str]], ...] = (
         "providers": {"providers"},
         "stores": {"stores"},
         "limiter": {"limiter"},
-        "cache": {"cache", "cache_disk", "cache_purges", "cache_files"},
+        "cache": {"cache", "cache_disk", "cache_purges", "cache_sieve", "cache_files"},
         "public_prices": {"public_prices"},
     },
     {
