@@ -103,6 +103,7 @@ class TaskDeadline:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> bool:
         task, self._task = self._task, None
+        self._passed = None  # it may be of an object that has this deadline
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None

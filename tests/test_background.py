@@ -1,5 +1,8 @@
 """Owned work: it finishes, or is given up at its deadline, whoever leaves and however."""
 
+import gc
+import weakref
+
 import anyio
 import pytest
 
@@ -207,3 +210,31 @@ async def test_who_was_told_waits_for_nothing_more_where_somebody_else_owns_the_
         else:
             await scenario()
     assert seen == ["to its end"]
+
+
+class Brought:
+    """Something that a weak reference can look at."""
+
+
+@pytest.mark.parametrize("owned", [True, False])
+async def test_what_work_brought_is_gone_with_who_asked_for_it_and_waits_for_no_garbage_collection(owned: bool) -> None:
+    background = Background(Drains(5))
+
+    async def work(job: Job[Brought]) -> Brought:
+        return Brought()
+
+    async def scenario() -> None:
+        gc.collect()
+        gc.disable()
+        try:
+            brought = weakref.ref(await background.run(work, 60.0))
+            await anyio.wait_all_tasks_blocked()
+            assert brought() is None
+        finally:
+            gc.enable()
+
+    if owned:
+        async with background.owner():
+            await scenario()
+    else:
+        await scenario()
