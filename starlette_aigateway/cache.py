@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import threading
 import time
 from collections import OrderedDict
@@ -17,6 +16,7 @@ import anyio.to_thread
 
 from .cache_files import CacheFiles, Entry, reason
 from .cache_purges import Generation
+from .process import THIS
 from .protocols import Clock
 from .wakeup import ring_all, wakeup
 
@@ -113,7 +113,7 @@ class DiskResponseCache:
         self._logged: set[tuple[str, str]] = set()
 
     async def get(self, key: str) -> bytes | None:
-        worker = self._workers.get(os.getpid())
+        worker = self._workers.get(THIS.pid)
         if worker is None or not worker.files.tried:
             worker = await self._open()
         files, now = worker.files, self._clock()
@@ -149,7 +149,7 @@ class DiskResponseCache:
 
     def close(self) -> None:
         """Writes what is queued and closes the files; blocks for that. A later use opens them again."""
-        worker = self._workers.pop(os.getpid(), None)
+        worker = self._workers.pop(THIS.pid, None)
         if worker is not None:
             worker.files.close()
 
@@ -167,7 +167,7 @@ class DiskResponseCache:
         return worker
 
     def _worker(self) -> Worker:
-        pid = os.getpid()
+        pid = THIS.pid
         return self._workers.get(pid) or self._workers.setdefault(pid, self._new_worker())
 
     def _new_worker(self) -> Worker:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Callable
+
+from .process import THIS
 
 OF_AN_ID = 10
 """Bytes; what `policy.keys.mint_id` asks for. Any other number comes from the source itself."""
@@ -24,7 +25,7 @@ class Pool:
     def __call__(self, count: int) -> bytes:
         if count != OF_AN_ID:
             return self._source(count)
-        if self._pid == os.getpid():
+        if self._pid == THIS.pid:
             try:
                 return self._shares.popleft()
             except IndexError:  # they are used up
@@ -35,5 +36,5 @@ class Pool:
         """Where two threads do it at once, the shares of one of them are given to nobody."""
         drawn = self._source(OF_AN_ID * POOL)
         self._shares = deque(drawn[at : at + OF_AN_ID] for at in range(OF_AN_ID, len(drawn), OF_AN_ID))
-        self._pid = os.getpid()
+        self._pid = THIS.pid
         return drawn[:OF_AN_ID]

@@ -7,7 +7,6 @@ owner for work that outlives a request. Lifespans may overlap and follow one ano
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import TypeAlias
@@ -18,6 +17,7 @@ from .background import Background
 from .errors import AIGatewayError, StorageUnavailable
 from .observing import Observers
 from .outbox import Outbox
+from .process import THIS
 from .retention import Retainer
 from .wakeup import Turn
 
@@ -45,7 +45,7 @@ class Lifecycle:
 
     @property
     def started(self) -> bool:
-        return self._pid == os.getpid()
+        return self._pid == THIS.pid
 
     async def ensure(self) -> None:
         """Starts what is not started yet; concurrent callers wait for it, whichever event loop they are in. What a failed start raises is
@@ -58,7 +58,7 @@ class Lifecycle:
 
     def _turn(self) -> Turn:
         """Of this process: one that was forked while another thread had its turn would wait for it for ever."""
-        return self._turns.setdefault(os.getpid(), Turn())
+        return self._turns.setdefault(THIS.pid, Turn())
 
     async def _begin(self) -> None:
         opened = AsyncExitStack()
@@ -71,9 +71,9 @@ class Lifecycle:
                 raise
             log.error("the gateway cannot start: %s: %s", type(error).__name__, error)
             raise StorageUnavailable("the gateway could not start", retry_after=1.0) from error
-        if self._pid is not None and self._pid != os.getpid():
+        if self._pid is not None and self._pid != THIS.pid:
             self._lifespans = 0
-        self._open, self._pid = opened, os.getpid()
+        self._open, self._pid = opened, THIS.pid
 
     @asynccontextmanager
     async def lifespan(self) -> AsyncIterator[None]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from time import monotonic
@@ -23,6 +22,7 @@ from .accounts import Settlement, UsageRecord
 from .errors import RequestError, StorageUnavailable
 from .events import CallRecorded, Event
 from .policy import metering
+from .process import THIS
 from .protocols import Clock, Ledger
 from .wakeup import Wakeup, wakeup
 
@@ -45,7 +45,7 @@ class Outbox:
         self._emit = emit
         self._patience = patience
         self._waiting: dict[str, End] = {}
-        self._pid = os.getpid()
+        self._pid = THIS.pid
         self._alarm: Wakeup | None = None
         self._passing = False
         self._not_before = -math.inf
@@ -144,8 +144,8 @@ class Outbox:
 
     def _forget_parent(self) -> None:
         """In a forked child: what waits is the parent's to tell, whose worker stayed behind."""
-        if self._pid != os.getpid():
-            self._pid = os.getpid()
+        if self._pid != THIS.pid:
+            self._pid = THIS.pid
             self._waiting.clear()
             self._alarm, self._passing = None, False
 

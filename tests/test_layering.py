@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1] / PACKAGE
 
 # Layers from the ground up: rooms of one layer do not see each other, a room sees itself and every layer below.
 LAYERS: tuple[dict[str, set[str]], ...] = (
-    {"ground": {"errors", "money", "prices", "types", "accounts", "events", "hints"}},
+    {"ground": {"errors", "money", "prices", "types", "accounts", "events", "hints"}, "process": {"process"}},
     {
         "protocols": {"protocols"},
         "wakeup": {"wakeup"},

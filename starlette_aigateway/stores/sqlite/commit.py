@@ -23,6 +23,7 @@ from queue import Empty, SimpleQueue
 from typing import Generic, TypeVar
 
 from ...errors import AIGatewayError, StorageUnavailable
+from ...process import THIS
 from ...wakeup import ring_all, wakeup
 from .commit_mark import CommitMark
 from .witness import Identity, Witness
@@ -87,7 +88,7 @@ class GroupCommit(Generic[Op, Result]):
         self._mark = mark
         self._committed = committed
         self._timeout = timeout
-        self._pid = os.getpid()
+        self._pid = THIS.pid
         self._guard = threading.Lock()
         self._writer: _Writer[Op, Result] | None = None
         self._gathered: dict[int, list[Waiter[Op, Result]]] = {}
@@ -107,7 +108,7 @@ class GroupCommit(Generic[Op, Result]):
 
     def close(self) -> None:
         """Commits what is waiting and ends the thread. A later `run` starts a new one."""
-        if self._pid != os.getpid():
+        if self._pid != THIS.pid:
             return
         for loop in list(self._gathered):
             self._submit(loop)
@@ -120,7 +121,7 @@ class GroupCommit(Generic[Op, Result]):
 
     def _gather(self, waiter: Waiter[Op, Result]) -> None:
         """What one pass of the event loop brings goes to the thread together: it is woken once, and begins with a batch."""
-        if self._pid != os.getpid():
+        if self._pid != THIS.pid:
             self._forget_parent()
         loop = id(waiter.wakeup.loop)
         gathered = self._gathered.get(loop)
@@ -145,7 +146,7 @@ class GroupCommit(Generic[Op, Result]):
         writer, self._writer = self._writer, None
         self._gathered = {}
         self._guard = threading.Lock()
-        self._pid = os.getpid()
+        self._pid = THIS.pid
         if writer is not None:
             writer.lock.close()
 
