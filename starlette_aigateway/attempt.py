@@ -6,13 +6,14 @@ import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from time import monotonic
+from typing import Any
 
 import anyio
 from msgspec.structs import replace
 
 from .accounts import Hold, Settlement
+from .background import Job
 from .calls import Call, Offer, PricedTarget
-from .deadlines import deadline
 from .errors import AIGatewayError, ProviderError, ProviderTimeout
 from .policy import estimate, metering
 from .protocols import Clock, Ledger, ProviderAnswer
@@ -32,7 +33,7 @@ class Attempt:
     """One hold and one call at one target. `output_bound` in tokens is sent, and the hold pays for it; None where nothing has to be
     bounded. `settlement` is how it was decided to book it: once, whatever happens then."""
 
-    def __init__(self, call: Call, offer: Offer, priced: PricedTarget, number: int, hold: Hold, timeouts: Timeouts) -> None:
+    def __init__(self, call: Call, offer: Offer, priced: PricedTarget, number: int, hold: Hold, timeouts: Timeouts, job: Job[Any]) -> None:
         self.call = call
         self.offer = offer
         self.priced = priced
@@ -45,7 +46,7 @@ class Attempt:
         self.output_bound = offer.output_bound(call.request, priced, hold.amount)
         self.timeout = timeout = silence(call, priced, timeouts)
         self._begun = monotonic()
-        self._deadline = deadline(timeout)
+        self._deadline = job.inner(timeout)
 
     @property
     def kept_bound(self) -> int | None:

@@ -207,7 +207,7 @@ class Attempts:
         if hold.would_refuse is not None and request.would_refuse is None:
             code = hold.would_refuse
             self._emit(CallTolerated(request_id=call.request_id, principal=call.principal.id, model=call.plan.model, code=code))
-        return Attempt(call, offer, priced, request.attempt, hold, self._timeouts)
+        return Attempt(call, offer, priced, request.attempt, hold, self._timeouts, job)
 
     async def _hold(self, job: Job[Done], offer: Offer, priced: PricedTarget, request: HoldRequest, now: float) -> tuple[Offer, Hold]:
         """A cap that was set since the call was let in, or by workers with other settings, asks for a bound: then with one, if there is."""

@@ -113,6 +113,10 @@ class Job(Generic[T]):
         case."""
         return self._deadline.critical(seconds)
 
+    def inner(self, seconds: float) -> Deadline:
+        """For a block of its work that ends after `seconds`, or with the job before."""
+        return self._deadline.inner(seconds)
+
     def ended(self) -> None:
         """The job's task is over, whether it ever ran or not."""
         if self.abandoned:

@@ -1,7 +1,8 @@
 """Blocks of a task that are cancelled at their deadline, as cheaply as the event loop allows: there are four in each call.
 
-On asyncio that is a timer and `Task.cancel`, as in `asyncio.timeout`, for a tenth of what a scope of anyio's costs. Everywhere else it is
-anyio's scope. Both are entered by `with`, swallow their own cancellation, and go on cancelling a block that does not hear.
+On asyncio that is `Task.cancel`, as in `asyncio.timeout`, by one timer for all of them, for a tenth of what scopes of anyio's cost.
+Everywhere else it is anyio's scope. Both are entered by `with`, swallow their own cancellation, and go on cancelling a block that does
+not hear.
 """
 
 from __future__ import annotations
@@ -17,6 +18,10 @@ import anyio
 
 AGAIN_SECONDS = 0.5
 """Until a block that swallowed its cancellation is cancelled again; what closes a connection meanwhile has that long for it."""
+
+GLANCE = 5.0
+CLOCK_STEP = 0.001
+"""Seconds by which a loop's timers may come too early."""
 
 
 class Deadline(Protocol):
@@ -39,7 +44,10 @@ class Deadline(Protocol):
         """It passes in `seconds`, whenever it was to before."""
 
     def critical(self, seconds: float) -> Deadline:
-        """For a block within, which this one does not cancel. What has passed by then cancels when that block is over."""
+        """For a block within, which no deadline around it cancels. What has passed by then cancels when that block is over."""
+
+    def inner(self, seconds: float) -> Deadline:
+        """For a block within, which this one cancels as well."""
 
 
 def deadline(seconds: float, *, shield: bool = False, passed: Callable[[], None] | None = None) -> Deadline:
@@ -49,38 +57,77 @@ def deadline(seconds: float, *, shield: bool = False, passed: Callable[[], None]
         loop = asyncio.get_running_loop()
     except RuntimeError:  # not asyncio
         return ScopeDeadline(seconds, shield)
-    return TaskDeadline(loop, seconds, passed=passed)
+    return TaskDeadline(Alarm(loop), seconds, passed=passed)
+
+
+class Alarm:
+    """The one timer of a task, for all deadlines around the block that runs in it, of which `innermost` was entered last. It rings when the
+    first of them passes, or before, and looks which have. A timer costs more than everything else here, and hardly any is needed: so it
+    first looks after `GLANCE` seconds, before most deadlines and after the end of most calls."""
+
+    __slots__ = ("_loop", "_rings_at", "_timer", "innermost", "overdue", "task")
+
+    task: asyncio.Task[object]
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._timer: asyncio.TimerHandle | None = None
+        self._rings_at = math.inf
+        self.innermost: TaskDeadline | None = None
+        self.overdue = False
+
+    def begin(self, at: float) -> None:
+        """With the outermost deadline, which passes at `at`."""
+        task = asyncio.current_task(self._loop)
+        assert task is not None, "a block has a task to cancel"
+        self.task = task
+        if at < math.inf:
+            self.ring_by(min(at, monotonic() + GLANCE))
+
+    def end(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def ring_by(self, at: float) -> None:
+        if at < self._rings_at:
+            if self._timer is not None:
+                self._timer.cancel()
+            self._rings_at = at
+            self._timer = self._loop.call_later(max(0.0, at - monotonic()), self._ring)
+
+    def _ring(self) -> None:
+        """Called by the loop, so that the task stands at an await and is cancelled there."""
+        self._timer, self._rings_at = None, math.inf
+        now, held, first = monotonic() + CLOCK_STEP, False, math.inf
+        one = self.innermost
+        while one is not None:
+            if one.at <= now:
+                self.overdue = one.passes(held) or self.overdue
+            if one.at > now:
+                first = min(first, one.at)
+            held = held or one.is_critical
+            one = one.outer
+        if first < math.inf:
+            self.ring_by(first)
 
 
 class TaskDeadline:
-    """On asyncio, for a task of the gateway's own, which has no scope around it. Made anywhere, entered in the task that it cancels."""
+    """On asyncio, for a task of the gateway's own, which has no scope around it. Made anywhere, entered in the task that it cancels.
+    `at` is on the monotonic clock; `outer` is the deadline around it whose alarm it shares."""
 
-    __slots__ = (
-        "_around", "_at", "_before", "_due", "_fired", "_innermost", "_loop", "_passed", "_shielded", "_task", "_timer",
-        "cancelled_caught", "held",
-    )  # fmt: skip
+    __slots__ = ("_alarm", "_before", "_fired", "_passed", "at", "cancelled_caught", "entered", "is_critical", "outer")
 
     _before: int
-    _shielded: TaskDeadline
 
-    def __init__(
-        self,
-        loop: asyncio.AbstractEventLoop,
-        seconds: float,
-        *,
-        around: TaskDeadline | None = None,
-        passed: Callable[[], None] | None = None,
-    ) -> None:
-        self._loop = loop
-        self._at = monotonic() + seconds
-        self._around = around
+    def __init__(self, alarm: Alarm, seconds: float, *, is_critical: bool = False, passed: Callable[[], None] | None = None) -> None:
+        self._alarm = alarm
         self._passed = passed
-        self._innermost: TaskDeadline | None = None  # this one: no cycle for the garbage collector
-        self.held = False
-        self._due = False
         self._fired = 0
-        self._task: asyncio.Task[object] | None = None
-        self._timer: asyncio.TimerHandle | None = None
+        self.at = monotonic() + seconds
+        self.is_critical = is_critical
+        self.outer: TaskDeadline | None = None
+        self.entered = False
         self.cancelled_caught = False
 
     @property
@@ -88,84 +135,61 @@ class TaskDeadline:
         return self._fired > 0
 
     def __enter__(self) -> Self:
-        around = self._around
-        if around is None:
-            task = asyncio.current_task(self._loop)
+        alarm = self._alarm
+        self.outer, alarm.innermost = alarm.innermost, self
+        if self.outer is None:
+            alarm.begin(self.at)
         else:
-            task = around._task  # noqa: SLF001  # one of its own kind
-            self._shielded = around.shield(self)
-        assert task is not None, "a block has a task to cancel"
-        self._task = task
-        self._before = task.cancelling()
-        if self._at < math.inf:
-            self._timer = self._loop.call_later(self._at - monotonic(), self._fire)
+            alarm.ring_by(self.at)
+        self._before = alarm.task.cancelling()
+        self.entered = True
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> bool:
-        task, self._task = self._task, None
+        alarm = self._alarm
+        alarm.innermost, self.outer = self.outer, None
+        self.entered = False
         self._passed = None  # it may be of an object that has this deadline
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        if self._around is not None:
-            self._around.unshield(self._shielded)
+        if alarm.innermost is None:
+            alarm.end()
+        elif alarm.overdue and self.is_critical:
+            alarm.overdue = False
+            alarm.ring_by(0.0)
         if not self._fired:
             return False
-        assert task is not None
+        task = alarm.task
         for _ in range(self._fired):
             task.uncancel()
         self.cancelled_caught = isinstance(error, asyncio.CancelledError) and task.cancelling() <= self._before
         return self.cancelled_caught
 
     def within(self, seconds: float) -> None:
-        if monotonic() + seconds < self._at:
+        if monotonic() + seconds < self.at:
             self.anew(seconds)
 
     def anew(self, seconds: float) -> None:
-        self._at = monotonic() + seconds
-        self._due = False
-        if self._task is not None and not self._fired:
-            self._arm()
+        if self._fired:
+            return
+        self.at = monotonic() + seconds
+        if self.entered:
+            self._alarm.ring_by(self.at)
 
     def critical(self, seconds: float) -> TaskDeadline:
-        return TaskDeadline(self._loop, seconds, around=self)
+        return TaskDeadline(self._alarm, seconds, is_critical=True)
 
-    def _arm(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-        self._timer = self._loop.call_later(max(0.0, self._at - monotonic()), self._fire)
+    def inner(self, seconds: float) -> TaskDeadline:
+        return TaskDeadline(self._alarm, seconds)
 
-    def _fire(self) -> None:
-        """Called by the loop, so that the task stands at an await and is cancelled there."""
-        self._timer = None
-        if self._task is None:
-            return
+    def passes(self, held: bool) -> bool:
+        """Cancels, and does so again until the block has heard; or, while it is `held` by what is critical, has yet to: True."""
         if self._passed is not None:
             self._passed()
             self._passed = None
-        if self.held:
-            self._due = True
-            return
-        self._fired += 1
-        self._task.cancel()
-        self._timer = self._loop.call_later(AGAIN_SECONDS, self._fire)
-
-    def shield(self, critical: TaskDeadline) -> TaskDeadline:
-        """From now on only `critical` cancels. Gives the one that did so until now, which may be a critical one itself."""
-        before, self._innermost = self._innermost or self, critical
-        before.held = True
-        return before
-
-    def unshield(self, before: TaskDeadline) -> None:
-        self._innermost = None if before is self else before
-        before.release()
-
-    def release(self) -> None:
-        self.held = False
-        if self._due:
-            self._due = False
-            self._at = 0.0
-            self._arm()
+        if not held:
+            self._fired += 1
+            self._alarm.task.cancel()
+            self.at = monotonic() + AGAIN_SECONDS
+        return held
 
 
 class ScopeDeadline:
@@ -197,3 +221,6 @@ class ScopeDeadline:
 
     def critical(self, seconds: float) -> ScopeDeadline:
         return ScopeDeadline(seconds, shield=True)
+
+    def inner(self, seconds: float) -> ScopeDeadline:
+        return ScopeDeadline(seconds, shield=False)

@@ -250,3 +250,49 @@ async def test_a_deadline_that_begins_anew_while_its_block_is_critical_has_not_p
         assert not limit.cancel_called
 
     await in_a_task_of_its_own(work)
+
+
+async def test_a_block_within_ends_at_its_own_deadline_or_with_the_one_around_it() -> None:
+    async def work() -> None:
+        with deadline(60, shield=True) as limit:
+            with limit.inner(0.01) as own:
+                await anyio.sleep_forever()
+            assert own.cancelled_caught
+            with limit.inner(60) as later:
+                limit.within(0.01)
+                await anyio.sleep_forever()
+        assert limit.cancelled_caught
+        assert not later.cancelled_caught
+
+    await in_a_task_of_its_own(work)
+
+
+async def test_a_block_within_whose_deadline_begins_anew_is_cut_off_at_the_new_one() -> None:
+    async def work() -> None:
+        with deadline(60, shield=True) as limit:
+            with limit.inner(0.005) as own:
+                own.anew(60)
+                await anyio.sleep(0.01)
+                own.anew(0.005)
+                await anyio.sleep_forever()
+            assert own.cancelled_caught
+        assert not limit.cancel_called
+
+    await in_a_task_of_its_own(work)
+
+
+@pytest.mark.parametrize("seconds", [0.005, 60.0])
+async def test_a_look_at_what_has_passed_cancels_nothing_that_has_not(seconds: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(deadlines, "GLANCE", 0.001)
+
+    async def work() -> None:
+        with deadline(60, shield=True) as limit:
+            with limit.critical(seconds) as critical:
+                await anyio.sleep(0.01)
+            with limit.inner(0.01) as own:
+                await anyio.sleep_forever()
+            assert own.cancelled_caught
+        assert critical.cancelled_caught == (seconds < 60)
+        assert not limit.cancel_called
+
+    await in_a_task_of_its_own(work)
