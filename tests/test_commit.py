@@ -11,7 +11,9 @@ import anyio
 import pytest
 
 from starlette_aigateway.errors import AIGatewayError, ConfigurationError, NotFound, StorageUnavailable
-from starlette_aigateway.stores.sqlite.commit import GroupCommit, LockFile
+from starlette_aigateway.stores.sqlite.commit import GroupCommit
+from starlette_aigateway.stores.sqlite.lock_file import LockFile
+from starlette_aigateway.stores.sqlite.transactions import StoreFile
 
 pytestmark = pytest.mark.anyio
 
@@ -25,6 +27,7 @@ class Store:
         self.path = directory / "numbers.db"
         self.lock_file = directory / "numbers.lock"
         self.batches: list[list[int]] = []
+        self.threads: list[int] = []
         self.opened = 0
         self.entered = threading.Event()
         self.go_on = threading.Event()
@@ -41,6 +44,7 @@ class Store:
         self.entered.set()
         self.go_on.wait()
         self.batches.append(list(ops))
+        self.threads.append(threading.get_ident())
         if self.fault is not None:
             fault, self.fault = self.fault, None
             raise fault
@@ -53,8 +57,10 @@ class Store:
         connection.close()
         return rows
 
-    def commit(self, *, timeout: float = 5.0) -> GroupCommit[int, int]:
-        return GroupCommit(self.connect, self.apply, name="numbers", lock_file=self.lock_file, timeout=timeout)
+    def commit(self, *, timeout: float = 5.0, quick: bool = False) -> GroupCommit[int, int]:
+        return GroupCommit(
+            StoreFile(connect=self.connect, apply=self.apply, name="numbers", lock_file=self.lock_file, timeout=timeout, quick=quick)
+        )
 
 
 @pytest.fixture
@@ -195,7 +201,7 @@ async def test_a_storage_fault_rolls_all_back_and_the_next_batch_opens_anew(stor
 
 async def test_too_few_results_are_a_fault_and_not_a_hang(tmp_path: Path) -> None:
     store = Store(tmp_path)
-    commit: GroupCommit[int, int] = GroupCommit(store.connect, lambda _connection, _ops: [], name="numbers")
+    commit: GroupCommit[int, int] = GroupCommit(StoreFile(connect=store.connect, apply=lambda _connection, _ops: [], name="numbers"))
     with pytest.raises(StorageUnavailable):
         await commit.run(1)
     commit.close()
@@ -205,7 +211,7 @@ async def test_a_configuration_error_at_opening_reaches_the_waiter(tmp_path: Pat
     def connect() -> sqlite3.Connection:
         raise ConfigurationError("mend me")
 
-    commit: GroupCommit[int, int] = GroupCommit(connect, Store(tmp_path).apply, name="numbers")
+    commit: GroupCommit[int, int] = GroupCommit(StoreFile(connect=connect, apply=Store(tmp_path).apply, name="numbers"))
     with pytest.raises(ConfigurationError, match="mend me"):
         await commit.run(1)
     commit.close()

@@ -12,10 +12,10 @@ import pytest
 from starlette_aigateway.accounts import GATEWAY_SCOPE, Hold, ScopeClaim, UsageRecord
 from starlette_aigateway.errors import SpendCapExceeded, SpendCapHeld, StorageUnavailable
 from starlette_aigateway.stores.sqlite import ledger_memory
-from starlette_aigateway.stores.sqlite.commit import _Writer
 from starlette_aigateway.stores.sqlite.ledger import SQLiteLedger
 from starlette_aigateway.stores.sqlite.ledger_batch import Batch
 from starlette_aigateway.stores.sqlite.ledger_ops import Op, Reserve
+from starlette_aigateway.stores.sqlite.transactions import Transactions
 from starlette_aigateway.testing.ledger_kit import (
     ACME,
     ALICE,
@@ -57,9 +57,9 @@ def asked(ledger: SQLiteLedger) -> Statements:
     """Fills with what the writer asks of its connection."""
     writer = ledger._commit._writer
     assert writer is not None
-    assert writer._connection is not None
+    assert writer._transactions._connection is not None
     statements: Statements = []
-    writer._connection.set_trace_callback(lambda sql: statements.append(" ".join(sql.split())))
+    writer._transactions._connection.set_trace_callback(lambda sql: statements.append(" ".join(sql.split())))
     return statements
 
 
@@ -147,16 +147,16 @@ class Fault:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.armed: Exception | None = None
         self.after_the_commit = False
-        real = _Writer._end
+        real = Transactions._end
 
-        def end(writer: "_Writer[Op, object]", connection: sqlite3.Connection) -> None:
+        def end(writer: "Transactions[Op, object]", connection: sqlite3.Connection) -> None:
             fault, self.armed = self.armed, None
             if fault is None or self.after_the_commit:
                 real(writer, connection)
             if fault is not None:
                 raise fault
 
-        monkeypatch.setattr(_Writer, "_end", end)
+        monkeypatch.setattr(Transactions, "_end", end)
 
 
 @pytest.mark.parametrize("fault", [sqlite3.OperationalError("disk I/O error"), sqlite3.IntegrityError("no"), RuntimeError("a defect")])

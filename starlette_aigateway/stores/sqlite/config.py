@@ -19,6 +19,7 @@ from ...errors import InvalidArgument, StorageDamaged, StorageUnavailable
 from .commit import GroupCommit
 from .commit_mark import CommitMark, Version
 from .connection import PerProcess, connect, look_for_damage
+from .transactions import StoreFile
 from .witness import Witness
 
 T = TypeVar("T")
@@ -125,12 +126,15 @@ class ConfigDatabase:
         self._timeout = timeout
         self._witness = Witness(path, progress="SELECT 0", remedy=REMEDY)
         self._writer: GroupCommit[Write[Any], Any] = GroupCommit(
-            self._open,
-            _apply,
-            name="config",
-            timeout=timeout,
-            witness=self._witness,
-            mark=CommitMark(path, self._witness.lock_file),
+            StoreFile(
+                connect=self._open,
+                apply=_apply,
+                name="config",
+                lock_file=self._witness.lock_file,
+                timeout=timeout,
+                witness=self._witness,
+                mark=CommitMark(path, self._witness.lock_file),
+            )
         )
         self._reader = PerProcess(self._open_reader)
         self._watch = PerProcess(self._open_watch)

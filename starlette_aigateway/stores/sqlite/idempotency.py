@@ -18,6 +18,7 @@ from ...policy.budgets import check_moment
 from ...protocols import Claim
 from .commit import GroupCommit
 from .connection import connect
+from .transactions import StoreFile
 
 SCHEMA = (
     """
@@ -84,7 +85,13 @@ class SQLiteIdempotencyStore:
         self._path = Path(path)
         self._timeout = timeout
         self._commit = GroupCommit[Op, Result](
-            self._connect, _apply, name="idempotency", lock_file=self._path.with_name(self._path.name + ".lock"), timeout=timeout
+            StoreFile(
+                connect=self._connect,
+                apply=_apply,
+                name="idempotency",
+                lock_file=self._path.with_name(self._path.name + ".lock"),
+                timeout=timeout,
+            )
         )
 
     def _connect(self) -> sqlite3.Connection:

@@ -59,6 +59,7 @@ from .ledger_stories import Stories
 from .ledger_usage import UsageReader
 from .ledger_writer import BatchWriter
 from .readers import Readers
+from .transactions import StoreFile
 from .witness import Witness
 
 OTHERS_SHARE = 4.0
@@ -95,12 +96,15 @@ class SQLiteLedger:
         self._writer = BatchWriter(self._prices, check_thresholds(thresholds))
         self._witness = Witness(self._path, progress=LAST_ENTRY, remedy=REMEDY)
         self._commit = GroupCommit[Op, Result](
-            self._connect,
-            self._writer.apply,
-            name="ledger",
-            timeout=timeout,
-            witness=self._witness,
-            committed=self._writer.committed,
+            StoreFile(
+                connect=self._connect,
+                apply=self._writer.apply,
+                name="ledger",
+                lock_file=self._witness.lock_file,
+                timeout=timeout,
+                witness=self._witness,
+                committed=self._writer.committed,
+            )
         )
         self._readers = Readers(self._connect, "ledger")
         self._listeners: list[Callable[[BudgetReached], None]] = []

@@ -38,8 +38,10 @@ from ...policy.windows import (
 )
 from ...protocols import Clock
 from ...types import MAX_WINDOW
-from .commit import GroupCommit, LockFile
+from .commit import GroupCommit
 from .connection import connect, prepare_directory
+from .lock_file import LockFile
+from .transactions import StoreFile
 from .window_book import SCHEMA, Book, Need, Sweeper
 
 log = logging.getLogger("starlette_aigateway")
@@ -229,7 +231,7 @@ class SQLiteWindowStorage(Storage, MovingWindowSupport, SlidingWindowCounterSupp
         self._lock_path = None if self.path == IN_MEMORY else self.path.with_name(f"{self.path.name}.lock")
         self._sweeper = Sweeper()
         self._commit: GroupCommit[Op, Verdict | Figures] = GroupCommit(
-            self._open, self._apply, name="window", lock_file=self._lock_path, timeout=timeout
+            StoreFile(connect=self._open, apply=self._apply, name="window", lock_file=self._lock_path, timeout=timeout, quick=True)
         )
 
     @property

@@ -1,0 +1,73 @@
+"""A lock between processes that nobody who waits for it can be starved of."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import time
+from pathlib import Path
+
+from ...errors import StorageUnavailable
+
+
+class LockFile:
+    """The lock between processes, a `flock` on a file that is never deleted: it dies with its process. `path` of None is no lock.
+
+    Entering raises `StorageUnavailable` after `timeout` seconds. Whoever had to wait for it pauses before its next turn, so that a busy
+    process does not shut out those that poll.
+    """
+
+    POLL = 0.0002
+    COURTESY = 0.001
+    """Seconds; several polls long, so that whoever waits finds the lock free before the one that had it comes again."""
+
+    def __init__(self, path: Path | None, name: str, timeout: float) -> None:
+        self._path = path
+        self._name = name
+        self._timeout = timeout
+        self._descriptor: int | None = None
+        self._contended = False
+
+    def __enter__(self) -> None:
+        if self._path is None:
+            return
+        if self._descriptor is None:
+            self._descriptor = os.open(self._path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        if self._contended:
+            time.sleep(self.COURTESY)
+        self._contended = not self._try(self._descriptor)
+        if self._contended:
+            self._poll(self._descriptor)
+
+    def enter_at_once(self) -> bool:
+        """Enters without a wait and without opening anything, or says that this is not the moment: also where others had to be waited for
+        the last time, and are to find it free."""
+        if self._path is None:
+            return True
+        return self._descriptor is not None and not self._contended and self._try(self._descriptor)
+
+    def leave(self) -> None:
+        if self._descriptor is not None:
+            fcntl.flock(self._descriptor, fcntl.LOCK_UN)
+
+    def __exit__(self, *_: object) -> None:
+        self.leave()
+
+    def close(self) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+    def _try(self, descriptor: int) -> bool:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
+    def _poll(self, descriptor: int) -> None:
+        deadline = time.monotonic() + self._timeout
+        while not self._try(descriptor):
+            if time.monotonic() >= deadline:
+                raise StorageUnavailable(f"the {self._name} store is locked by another process", retry_after=1.0)
+            time.sleep(self.POLL)

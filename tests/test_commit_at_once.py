@@ -1,0 +1,230 @@
+"""Group commit of a file that waits for no disk: an event loop writes to it itself, and never waits there."""
+
+import fcntl
+import os
+import sqlite3
+import threading
+from collections.abc import AsyncIterator, Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+import anyio
+import pytest
+
+from starlette_aigateway.errors import NotFound, StorageUnavailable
+from starlette_aigateway.stores.sqlite import commit as commit_module
+from starlette_aigateway.stores.sqlite.commit import GroupCommit
+from tests.test_commit import Store, together
+
+pytestmark = pytest.mark.anyio
+HERE = threading.get_ident
+
+
+@pytest.fixture(autouse=True)
+def never_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long this machine keeps the loop from its batch."""
+    monkeypatch.setattr(commit_module, "SLOW", 1e9)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path)
+
+
+@pytest.fixture
+async def commit(store: Store) -> AsyncIterator[GroupCommit[int, int]]:
+    """Opened, by its thread: opening a file may take long."""
+    commit = store.commit(quick=True)
+    assert await commit.run(0) == 0
+    assert store.threads.pop() != HERE()
+    store.batches.clear()
+    yield commit
+    store.go_on.set()
+    commit.close()
+
+
+@contextmanager
+def locked(store: Store) -> Iterator[None]:
+    """As another process has it locked."""
+    descriptor = os.open(store.lock_file, os.O_RDWR)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+async def with_the_thread(commit: GroupCommit[int, int]) -> None:
+    writer = commit._writer
+    assert writer is not None
+    while writer._given == writer._done:
+        await anyio.lowlevel.checkpoint()
+
+
+async def test_what_one_pass_brings_is_one_batch_on_the_thread_of_the_loop(store: Store, commit: GroupCommit[int, int]) -> None:
+    assert await together(commit, [1, 2, -1]) | {-1: None} == {1: 2, 2: 4, -1: None}
+    assert [sorted(batch) for batch in store.batches] == [[-1, 1, 2]]
+    assert store.threads == [HERE()]
+    assert store.stored() == [0, 1, 2]
+    assert isinstance((await together(commit, [-5]))[-5], NotFound)
+
+
+@pytest.mark.parametrize("how", ["by the lock file", "in the database"])
+async def test_a_lock_of_another_process_is_awaited_by_the_thread_and_not_by_the_loop(
+    store: Store, commit: GroupCommit[int, int], how: str
+) -> None:
+    with closing(sqlite3.connect(store.path, isolation_level=None)) as other:
+        if how == "in the database":
+            other.execute("BEGIN IMMEDIATE")
+        lock = locked(store) if how == "by the lock file" else closing(sqlite3.connect(":memory:"))
+        async with anyio.create_task_group() as group:
+            with lock:
+                group.start_soon(commit.run, 1)
+                await with_the_thread(commit)
+                assert store.stored() == [0]
+                if how == "in the database":
+                    other.execute("ROLLBACK")
+    assert store.stored() == [0, 1]
+    assert HERE() not in store.threads
+    assert commit._writer is not None
+    assert commit._writer._resting_until == 0.0, "the loop was not held up"
+
+
+async def test_a_lock_that_stays_taken_is_storage_unavailable_and_goes_on_afterwards(store: Store) -> None:
+    commit = store.commit(timeout=0.05, quick=True)
+    await commit.run(0)
+    with closing(sqlite3.connect(store.path, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        with pytest.raises(StorageUnavailable):
+            await commit.run(1)
+    with locked(store), pytest.raises(StorageUnavailable):
+        await commit.run(2)
+    assert await commit.run(3) == 6
+    commit.close()
+    assert store.stored() == [0, 3]
+
+
+async def test_nothing_overtakes_what_is_with_the_thread(store: Store, commit: GroupCommit[int, int]) -> None:
+    async with anyio.create_task_group() as group:
+        with locked(store):
+            group.start_soon(commit.run, 1)
+            await with_the_thread(commit)
+            store.go_on.clear()
+        for number in (2, 3):
+            group.start_soon(commit.run, number)
+            await anyio.wait_all_tasks_blocked()
+        store.go_on.set()
+    assert [number for batch in store.batches for number in batch] == [1, 2, 3]
+    assert HERE() not in store.threads
+    await commit.run(4)
+    await commit.run(5)
+    assert store.threads[-1] == HERE()
+
+
+async def test_a_batch_that_would_hold_up_the_loop_is_the_threads(
+    store: Store, commit: GroupCommit[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(commit_module, "MAX_AT_ONCE", 3)
+    await together(commit, [1, 2, 3])
+    await together(commit, [4, 5, 6, 7])
+    assert [thread == HERE() for thread in store.threads] == [True, False]
+
+
+async def test_after_a_slow_batch_the_loop_carries_out_none_for_a_while(
+    store: Store, commit: GroupCommit[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(commit_module, "SLOW", -1.0)
+    await commit.run(1)
+    await commit.run(2)
+    monkeypatch.setattr(commit_module, "SLOW", 1e9)
+    await commit.run(3)
+    writer = commit._writer
+    assert writer is not None
+    writer._resting_until = 0.0
+    await commit.run(4)
+    assert [thread == HERE() for thread in store.threads] == [True, False, False, True]
+
+
+async def test_an_operation_that_breaks_its_batch_takes_no_other_with_it(store: Store, commit: GroupCommit[int, int]) -> None:
+    await commit.run(1)
+    outcomes = await together(commit, [2, 1, 3])
+    assert (outcomes[2], outcomes[3]) == (4, 6)
+    assert isinstance(outcomes[1], StorageUnavailable)
+    assert store.stored() == [0, 1, 2, 3]
+
+
+async def test_a_storage_fault_rolls_all_back_and_the_next_batch_opens_anew(store: Store, commit: GroupCommit[int, int]) -> None:
+    store.fault = sqlite3.OperationalError("disk I/O error")
+    outcomes = await together(commit, [1, 2])
+    assert all(isinstance(outcome, StorageUnavailable) for outcome in outcomes.values())
+    assert outcomes[1] is not outcomes[2]
+    assert await commit.run(3) == 6
+    assert store.opened == 2
+    assert store.stored() == [0, 3]
+
+
+async def test_what_nobody_waits_for_is_carried_out_in_order_and_a_failure_is_told(store: Store, commit: GroupCommit[int, int]) -> None:
+    failures: list[BaseException] = []
+    commit.tell(1, failures.append)
+    commit.tell(-1, failures.append)
+    assert await commit.run(2) == 4
+    assert [type(failure) for failure in failures] == [NotFound]
+    assert store.batches == [[1, -1, 2]]
+
+
+async def test_closing_carries_out_what_waits_and_a_later_run_opens_again(store: Store, commit: GroupCommit[int, int]) -> None:
+    await commit.run(1)
+    commit.tell(2, lambda _failure: None)
+    commit.close()
+    assert store.stored() == [0, 1, 2]
+    assert await commit.run(3) == 6
+    assert store.opened == 2
+
+
+async def test_a_cancelled_wait_does_not_cancel_the_operation(store: Store, commit: GroupCommit[int, int]) -> None:
+    with anyio.CancelScope() as scope:
+        scope.cancel()
+        await commit.run(1)
+    await commit.run(2)
+    assert store.stored() == [0, 1, 2]
+
+
+def test_loops_of_several_threads_share_one_connection(store: Store) -> None:
+    commit = store.commit(quick=True)
+
+    async def many(first: int) -> None:
+        for number in range(first, first + 40):
+            assert await commit.run(number) == 2 * number
+
+    threads = [threading.Thread(target=anyio.run, args=(many, 100 * number)) for number in range(1, 5)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    commit.close()
+    assert len(store.stored()) == 160
+    assert store.opened == 1
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")  # such a fork is what is tested
+def test_a_forked_child_opens_its_own_connection(store: Store) -> None:
+    commit = store.commit(quick=True)
+
+    async def several(first: int) -> None:
+        for number in range(first, first + 3):
+            await commit.run(number)
+
+    anyio.run(several, 0)
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            anyio.run(several, 10)
+            commit.close()
+            status = 0 if store.opened == 2 else 2
+        finally:
+            os._exit(status)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    anyio.run(several, 20)
+    commit.close()
+    assert store.stored() == [0, 1, 2, 10, 11, 12, 20, 21, 22]
