@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Mapping, Sequence
 from datetime import datetime, timedelta
-from typing import Any, TypeAlias, Unpack
+from typing import Any, Protocol, TypeAlias, Unpack, runtime_checkable
 
 from .accounts import StoredPrompt, tenant_scope
 from .bookkeeping import Bookkeeping, Stores, existing, page_size
@@ -20,6 +20,14 @@ MAX_GRACE = 90 * 86_400
 Grace: TypeAlias = "timedelta | float"
 
 
+@runtime_checkable
+class RemembersKeys(Protocol):
+    """What a `KeyStore` may offer besides."""
+
+    def recall(self, digest: bytes, *, now: float) -> Key | None:
+        """What `find` would give, if it was asked for this digest before and knows that nothing has changed since; else None."""
+
+
 class Administration(Bookkeeping):
     """Keys, tenants, prices, prompts. Raises `NotFound` for what does not exist and `InvalidArgument` for what cannot be.
 
@@ -32,6 +40,7 @@ class Administration(Bookkeeping):
         self._prompts = stores.prompts
         self._renderer = prompt_policy.Renderer()
         self._well_formed: set[bytes] = set()
+        self._recall = self._keys.recall if isinstance(self._keys, RemembersKeys) else None
 
     # -- keys --------------------------------------------------------------------------------------------------------
 
@@ -109,6 +118,15 @@ class Administration(Bookkeeping):
     def _authenticate_ready(self, raw_key: str) -> Awaitable[Principal]:
         """The same, for whoever has seen to it that the gateway is `ready`."""
         return self._holder(self._checked_digest(raw_key))
+
+    def recognised(self, raw_key: bytes) -> Principal | None:
+        """Who a raw key belongs to, where that is known without a wait: it was looked up before, and nothing has changed since. None for
+        every other one, which is for `authenticate` to tell. Raises `StorageUnavailable`."""
+        if self._recall is None:
+            return None
+        now = self._clock()
+        key = self._recall(key_policy.digest_of(raw_key), now=now)
+        return key.principal if key is not None and key.usable_at(now) else None
 
     async def _holder(self, digest: bytes) -> Principal:
         now = self._clock()

@@ -183,6 +183,7 @@ class Composition(Administration):
         self.in_process = ToldPipeline(self.pipeline, self.observers)
         self.door = Door(
             authenticate=self._authenticate_ready,
+            recognise=self.recognised,
             resolve_principal=resolve_principal,
             authorize_admin=authorize_admin,
             origins=Origins(trusted_origins),
@@ -193,7 +194,7 @@ class Composition(Administration):
             administration=self,
             door=self.door,
             observers=self.observers,
-            ready=self.lifecycle.ensure,
+            lifecycle=self.lifecycle,
             check=self.check_ready,
             mint_request_id=self.mint_request_id,
             max_body_bytes=max_body_bytes,

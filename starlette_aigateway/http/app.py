@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
@@ -11,10 +11,11 @@ from starlette.types import Receive, Scope, Send
 
 from ..administration import Administration
 from ..errors import AIGatewayError, NotFound, RequestError, RequestTimeout, RequestTooLarge
+from ..lifecycle import Lifecycle
 from ..observing import Observers
 from ..pipeline import Pipeline
 from .bodies import ClientLeft
-from .connection import Connection
+from .connection import first_of
 from .door import Door
 from .errors import TO_THE_HOST, error_response, host_refusal
 from .exchange import Exchange
@@ -33,7 +34,7 @@ class HTTPApp:
         administration: Administration,
         door: Door,
         observers: Observers,
-        ready: Callable[[], Awaitable[None]],
+        lifecycle: Lifecycle,
         check: Callable[[], Awaitable[None]],
         mint_request_id: Callable[[], str],
         max_body_bytes: int,
@@ -43,7 +44,7 @@ class HTTPApp:
         self._administration = administration
         self._door = door
         self._observers = observers
-        self._ready = ready
+        self._lifecycle = lifecycle
         self.check = check
         self._mint_request_id = mint_request_id
         self._max_body_bytes = max_body_bytes
@@ -55,7 +56,8 @@ class HTTPApp:
             await send({"type": "websocket.close", "code": 1000})
             return
         exchange = Exchange(
-            connection=Connection(scope),
+            scope=scope,
+            first=first_of(scope),
             receive=receive,
             request_id=self._mint_request_id(),
             path={},
@@ -68,45 +70,36 @@ class HTTPApp:
             has_admins=self._door.has_admins,
         )
         try:
-            response = await self._answer(exchange, scope)
+            route = self._route(exchange)
+            if route.guard == "caller" and self._lifecycle.started:
+                exchange.caller = self._door.recognised(exchange.first)
+            if exchange.caller is None:
+                await self._let_in(exchange, route.guard)
+            response = await route.handler(exchange)
         except ClientLeft:
             return
+        except Exception as error:  # noqa: BLE001  # whatever goes wrong has an answer
+            response = refusal(error, exchange)
         await response(scope, receive, send)
         await self._observers.tell()
 
-    async def _answer(self, exchange: Exchange, scope: Scope) -> Response:
-        try:
-            match = self._router.match(route_path(scope))
-            if match is None:
-                raise NotFound("there is no such route")
-            route = match.routes.get("GET" if scope["method"] == "HEAD" else scope["method"])
-            if route is None:
-                return method_not_allowed(sorted(match.routes), exchange)
-            exchange.path = match.path
-            await self._let_in(exchange, route.guard)
-            return await route.handler(exchange)
-        except AIGatewayError as error:
-            error.request_id = exchange.request_id
-            if isinstance(error, tuple(TO_THE_HOST)):
-                log.error("request %s was refused, the host has to mend this: %s", exchange.request_id, error.message)
-            response = error_response(error)
-            if isinstance(error, RequestTimeout | RequestTooLarge) and scope.get("http_version", "1.1").startswith("1"):
-                response.headers["connection"] = "close"  # the rest of the body would have to be read first, however long it is
-        except HTTPException as refusal:
-            response = host_refusal(refusal, exchange.request_id)
-        except ClientLeft:
-            raise
-        except Exception:
-            log.exception("request %s failed unexpectedly", exchange.request_id)
-            response = unexpected(exchange)
-        response.headers.update(as_text(exchange.id_headers))
-        return response
+    def _route(self, exchange: Exchange) -> Route:
+        """Raises `NotFound` and `OtherMethods`."""
+        match = self._router.match(route_path(exchange.scope))
+        if match is None:
+            raise NotFound("there is no such route")
+        method = exchange.scope["method"]
+        route = match.routes.get("GET" if method == "HEAD" else method)
+        if route is None:
+            raise OtherMethods(match.routes)
+        exchange.path = match.path
+        return route
 
     async def _let_in(self, exchange: Exchange, guard: Guard) -> None:
         """Before the body is read: a credential that is refused costs no upload."""
         if guard == "open":
             return
-        await self._ready()
+        await self._lifecycle.ensure()
         if guard == "caller":
             exchange.caller = await self._door.caller(exchange.connection)
         elif guard == "admin":
@@ -146,16 +139,34 @@ def without_admins(routes: Sequence[Route]) -> Sequence[Route]:
     return [route for route in routes if route.path in paths]
 
 
-def method_not_allowed(methods: list[str], exchange: Exchange) -> Response:
-    error = RequestError(f"this route takes {', '.join(methods)}", code="method_not_allowed")
-    error.request_id = exchange.request_id
-    response = error_response(error)
-    response.status_code = 405
-    response.headers.update({"allow": ", ".join(methods)} | as_text(exchange.id_headers))
+class OtherMethods(Exception):
+    """The path is a route, which takes these methods alone."""
+
+    def __init__(self, methods: Iterable[str]) -> None:
+        self.methods = ", ".join(sorted(methods))
+
+
+def refusal(error: Exception, exchange: Exchange) -> Response:
+    """The answer to a request that went wrong."""
+    if isinstance(error, AIGatewayError):
+        response = error_response(named(error, exchange))
+        if isinstance(error, tuple(TO_THE_HOST)):
+            log.error("request %s was refused, the host has to mend this: %s", exchange.request_id, error.message)
+        if isinstance(error, RequestTimeout | RequestTooLarge) and exchange.scope.get("http_version", "1.1").startswith("1"):
+            response.headers["connection"] = "close"  # the rest of the body would have to be read first, however long it is
+    elif isinstance(error, HTTPException):
+        response = host_refusal(error, exchange.request_id)
+    elif isinstance(error, OtherMethods):
+        response = error_response(named(RequestError(f"this route takes {error.methods}", code="method_not_allowed"), exchange))
+        response.status_code = 405
+        response.headers["allow"] = error.methods
+    else:
+        log.error("request %s failed unexpectedly", exchange.request_id, exc_info=error)
+        response = error_response(named(AIGatewayError("something went wrong in the gateway; its log has the details"), exchange))
+    response.headers.update(as_text(exchange.id_headers))
     return response
 
 
-def unexpected(exchange: Exchange) -> Response:
-    error = AIGatewayError("something went wrong in the gateway; its log has the details")
+def named(error: AIGatewayError, exchange: Exchange) -> AIGatewayError:
     error.request_id = exchange.request_id
-    return error_response(error)
+    return error

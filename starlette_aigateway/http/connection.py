@@ -9,19 +9,20 @@ from starlette.types import Scope
 
 
 class Connection(HTTPConnection):
-    """What resolvers and authorizers of the host get: an `HTTPConnection` in every respect. `first` is what `first_values` tells."""
+    """What resolvers and authorizers of the host get: an `HTTPConnection` in every respect. `first` is what `first_of` tells."""
 
-    def __init__(self, scope: Scope) -> None:
+    def __init__(self, scope: Scope, first: Mapping[bytes, bytes]) -> None:
         super().__init__(scope)
-        self.first = _first(scope)
+        self.first = first
 
 
 def first_values(connection: HTTPConnection) -> Mapping[bytes, bytes]:
     """The first value of each header, as the bytes that came, by its name in lower case."""
-    return connection.first if isinstance(connection, Connection) else _first(connection.scope)
+    return connection.first if isinstance(connection, Connection) else first_of(connection.scope)
 
 
-def _first(scope: Scope) -> dict[bytes, bytes]:
+def first_of(scope: Scope) -> dict[bytes, bytes]:
+    """The same, of a scope."""
     headers = scope["headers"]
     if not isinstance(headers, list):  # ASGI lets it be any iterable, also one that can be read once
         headers = scope["headers"] = list(headers)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import TypeAlias
 
 from msgspec import Struct
@@ -21,6 +21,8 @@ from .questions import ask, check_function, login_unavailable
 
 FAILED_LOGINS_PER_MINUTE = 60
 UNAUTHENTICATED = 401
+BEARER = b"Bearer "
+PREFIX = keys.PREFIX.encode()
 log = logging.getLogger("starlette_aigateway")
 
 
@@ -47,6 +49,7 @@ class Door:
         self,
         *,
         authenticate: Callable[[str], Awaitable[Principal]],
+        recognise: Callable[[bytes], Principal | None],
         resolve_principal: ResolvePrincipal | None,
         authorize_admin: AuthorizeAdmin | None,
         origins: Origins,
@@ -57,6 +60,7 @@ class Door:
         if authorize_admin is not None:
             check_function(authorize_admin, "authorize_admin")
         self._authenticate = authenticate
+        self._recognise = recognise
         self._resolve_principal = resolve_principal
         self._authorize_admin = authorize_admin
         self._origins = origins
@@ -82,6 +86,20 @@ class Door:
             if refusal.status_code == UNAUTHENTICATED:
                 await self._slow_down(connection)
             raise
+
+    def recognised(self, first: Mapping[bytes, bytes]) -> Principal | None:
+        """The caller with these headers (`first_of`), where nothing has to be waited for and nothing looked at more closely: a stored key
+        that is known already came alone. None for all else, which is for `caller` to say."""
+        if b"cookie" in first:
+            return None
+        given = first.get(b"authorization")
+        if given is None:
+            key = first.get(b"x-api-key", b"")
+        elif given.startswith(BEARER):
+            key = given[len(BEARER) :]
+        else:
+            return None
+        return self._recognise(key) if key.startswith(PREFIX) else None
 
     def caller(self, connection: HTTPConnection) -> Awaitable[Principal]:
         """`principal`, of a request to the gateway's own routes: a page of another site may not spend by its visitor's login. Raises

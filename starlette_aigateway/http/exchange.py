@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 from starlette.responses import Response
-from starlette.types import Receive
+from starlette.types import Receive, Scope
 
 from ..administration import Administration
 from ..calls import Served
@@ -29,10 +29,11 @@ log = logging.getLogger("starlette_aigateway")
 
 
 class Exchange(Struct, kw_only=True):
-    """`request_id` is minted by us; `x-request-id` of the client is echoed and is never an identity. `check` raises where a call could
-    not be metered now; `has_admins` says whether the admin routes exist."""
+    """`first` are the headers, as `first_of` tells them. `request_id` is minted by us; `x-request-id` of the client is echoed and is never
+    an identity. `check` raises where a call could not be metered now; `has_admins` says whether the admin routes exist."""
 
-    connection: Connection
+    scope: Scope
+    first: Mapping[bytes, bytes]
     receive: Receive
     request_id: str
     path: Mapping[str, str]
@@ -45,6 +46,11 @@ class Exchange(Struct, kw_only=True):
     has_admins: bool
     caller: Principal | None = None
     admin: Admin | None = None
+
+    @property
+    def connection(self) -> Connection:
+        """The request as the host's functions see it. Most calls are let in without one."""
+        return Connection(self.scope, self.first)
 
     @property
     def principal(self) -> Principal:
@@ -60,7 +66,7 @@ class Exchange(Struct, kw_only=True):
 
     def header(self, name: bytes) -> str | None:
         """Its first value; `name` is in lower case."""
-        value = self.connection.first.get(name)
+        value = self.first.get(name)
         return None if value is None else value.decode("latin-1")
 
     async def json(self) -> dict[str, Any]:
@@ -97,6 +103,6 @@ class Exchange(Struct, kw_only=True):
     @property
     def id_headers(self) -> list[Header]:
         minted = self.request_id.encode()
-        given = self.connection.first.get(b"x-request-id", b"")
+        given = self.first.get(b"x-request-id", b"")
         echoed = given if 0 < len(given) <= CLIENT_ID_LENGTH and given.isascii() and given.decode().isprintable() else minted
         return [(b"x-request-id", echoed), (b"request-id", minted)]

@@ -14,7 +14,7 @@ PAGED = ("limit", "cursor")
 
 async def openapi_json(exchange: Exchange) -> Response:
     """The truth about this table, as it is served here."""
-    root = exchange.connection.scope.get("root_path", "")
+    root = exchange.scope.get("root_path", "")
     return exchange.answer(openapi.document(ROUTES, server=root or "/", has_admins=exchange.has_admins))
 
 

@@ -56,6 +56,10 @@ class SQLiteKeyStore:
             self._remembered.put(entries, digest, found)
         return found.key if found.until is None or now < found.until else None
 
+    def recall(self, digest: bytes, *, now: float) -> Key | None:
+        found = self._remembered.entries().get(digest)
+        return found.key if found is not None and (found.until is None or now < found.until) else None
+
     async def get(self, key_id: str) -> Key | None:
         return self._database.read(lambda connection: select_key(connection, key_id))
 
