@@ -31,9 +31,10 @@ from .events import AttemptFailed, CallTolerated, Event
 from .holds import Holds
 from .policy import keys, metering
 from .policy.routing import Circuit, Failure, GiveUp, RetryPolicy, Target, ails, next_step
+from .pouring import pour
 from .protocols import Clock, Ledger
 from .streams import Relay
-from .types import Chunk, Completion, RawEvents, Timeouts
+from .types import Chunk, Completion, RawEvents, StreamItem, Timeouts
 from .wires import openai_chat
 
 MAX_CIRCUITS = 1024
@@ -82,14 +83,17 @@ class Attempts:
         async def run(attempt: Attempt) -> Done:
             meter = attempt.meter = relay.begin(attempt.priced.target.provider, attempt.lowered_to)
             pulse = Pulse(self._ledger, self._clock, attempt, self._timeouts)
+
+            def take(given: StreamItem) -> bool:
+                item = given if isinstance(given, RawEvents) or given.usage is None else _believed(given)
+                return relay.pass_on(item, meter.see(item)) and not pulse.due
+
             async with attempt.answer() as answer:
-                async for given in answer.events():
-                    item = given if isinstance(given, RawEvents) or given.usage is None else _believed(given)
-                    flows = relay.pass_on(item, meter.see(item))
+                events = answer.events()
+                while await pour(events, take):
                     if pulse.due:
                         await pulse.beat()
-                    if not flows:
-                        await self._held_up(relay, pulse)
+                    await self._held_up(relay, pulse)
             relay.flush()
             settlement = attempt.whole(meter.bill, meter.output_bytes, meter.model)
             record = await self._settle(job, attempt, settlement)

@@ -253,7 +253,8 @@ class StreamingProvider(Provider, Protocol):
 
 
 class ProviderAnswer(Protocol):
-    """What an open attempt gives: `completion()` of a whole answer, `events()` of a stream. Both raise `ProviderError`."""
+    """What an open attempt gives: `completion()` of a whole answer, `events()` of a stream. Both raise `ProviderError`. Events that also
+    have a `pour` as in `pouring.py` are read by that."""
 
     async def completion(self) -> Completion: ...
 
@@ -282,7 +283,8 @@ class HTTPRequest(Struct, frozen=True):
 
 
 class HTTPAnswer(Protocol):
-    """`headers` have lower-case names. `chunks` gives the body as it comes, decoded from any content coding."""
+    """`headers` have lower-case names. `chunks` gives the body as it comes, decoded from any content coding; chunks that also have a
+    `pour` as in `pouring.py` are read by that."""
 
     @property
     def status(self) -> int: ...

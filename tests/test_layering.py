@@ -17,6 +17,7 @@ LAYERS: tuple[dict[str, set[str]], ...] = (
         "wakeup": {"wakeup"},
         "entropy": {"entropy"},
         "deadlines": {"deadlines", "patience"},
+        "pouring": {"pouring"},
         "shared_counter": {"shared_cells", "shared_counter"},
     },
     {"wires": {"wires"}},

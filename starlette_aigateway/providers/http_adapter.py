@@ -16,6 +16,7 @@ from msgspec import Struct
 
 from ..deadlines import deadline
 from ..errors import InvalidArgument, ProviderError
+from ..pouring import pour
 from ..protocols import HTTPAnswer, HTTPRequest, ProviderAnswer, Transport
 from ..types import Completion, ProviderCall, StreamItem
 from .transport import as_transport
@@ -188,7 +189,7 @@ class UpstreamAnswer:
 class Events:
     """The items of a stream as its bytes come. A class: the event loop keeps a list of generators, and puts each of them on it."""
 
-    __slots__ = ("_answer", "_chunks", "_items", "_name", "_over", "_reader")
+    __slots__ = ("_answer", "_chunks", "_failure", "_flows", "_items", "_name", "_over", "_reader", "_take")
 
     def __init__(self, name: str, answer: HTTPAnswer, reader: EventReader) -> None:
         self._name = name
@@ -196,30 +197,65 @@ class Events:
         self._chunks = answer.chunks()
         self._reader = reader
         self._items: Iterator[StreamItem] = iter(())
+        self._take: Callable[[StreamItem], bool] = _nothing
+        self._flows = True
+        self._failure: BaseException | None = None
         self._over = False
 
     def __aiter__(self) -> Self:
         return self
 
     async def __anext__(self) -> StreamItem:
-        while (item := next(self._items, None)) is None:
+        items: list[StreamItem] = []
+
+        def take(item: StreamItem) -> bool:
+            items.append(item)
+            return False
+
+        if not await self.pour(take):
+            raise StopAsyncIteration
+        return items[0]
+
+    async def pour(self, take: Callable[[StreamItem], bool]) -> bool:
+        """As `pouring.pour`."""
+        self._take = take
+        self._give(self._items)
+        while self._flows:
             if self._over:
-                raise StopAsyncIteration
-            if self._reader.saw_done:
-                self._over = True
-                await _read_last_bytes(self._chunks)
-            else:
-                await self._read()
-        return item
+                return False
+            await self._read()
+        return True
 
     async def _read(self) -> None:
-        try:
-            data = await self._chunks.__anext__()
-        except StopAsyncIteration:
+        """Bytes until `take` says no, or until their end."""
+        more = self._reader.saw_done or await pour(self._chunks, self._arrived)
+        if self._failure is not None:
+            raise self._failure
+        if not self._flows:
+            return
+        if self._reader.saw_done:
             self._over = True
-            self._items = self._last()
-        else:
-            self._items = self._reader.feed(data)
+            if more:
+                await _read_last_bytes(self._chunks)
+        elif not more:
+            self._over = True
+            self._give(self._last())
+
+    def _arrived(self, data: bytes) -> bool:
+        try:
+            self._give(self._reader.feed(data))
+        except BaseException as error:  # noqa: BLE001  # for the task that reads: this may be called outside of it
+            self._failure = error
+            return False
+        return self._flows and not self._reader.saw_done
+
+    def _give(self, items: Iterator[StreamItem]) -> None:
+        self._items = items
+        self._flows = True
+        for item in items:
+            if not self._take(item):
+                self._flows = False
+                return
 
     def _last(self) -> Iterator[StreamItem]:
         yield from self._reader.close()
@@ -231,6 +267,10 @@ class Events:
         close = getattr(self._chunks, "aclose", None)  # a transport's iterator need not be a generator
         if close is not None:
             await close()
+
+
+def _nothing(item: StreamItem) -> bool:
+    return False
 
 
 async def _read_last_bytes(chunks: AsyncIterator[bytes]) -> None:

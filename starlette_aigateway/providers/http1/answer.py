@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Protocol, Self
 
 from httptools import HttpParserError, HttpParserUpgrade, HttpResponseParser
@@ -32,16 +32,17 @@ class Answer:
 
     __slots__ = (
         "_barren", "_complete", "_enough", "_error", "_fields", "_headers", "_line", "_parser", "_parts", "_paused", "_persistent", "_size",
-        "_until_end", "_waiter", "_window", "status",
+        "_tap", "_until_end", "_waiter", "_window", "on_body", "status",
     )  # fmt: skip
 
     def __init__(self, line: Line) -> None:
         self.status = 0
         self._line: Line | None = line
-        self._parser: HttpResponseParser | None = HttpResponseParser(self)
         self._fields: dict[bytes, bytes] = {}
         self._headers: Mapping[str, str] | None = None
         self._parts: list[bytes] = []
+        self.on_body = self._parts.append  # for the parser, which calls it for each chunk
+        self._parser: HttpResponseParser | None = HttpResponseParser(self)
         self._size = 0
         self._window = WINDOW_BYTES
         self._paused = False
@@ -52,6 +53,7 @@ class Answer:
         self._error: ProviderError | None = None
         self._waiter: asyncio.Future[None] | None = None
         self._enough = 0
+        self._tap: Callable[[bytes], bool] | None = None
 
     # -- for the one who reads
 
@@ -94,6 +96,24 @@ class Answer:
                 raise StopAsyncIteration
         return self._taken()
 
+    async def pour(self, take: Callable[[bytes], bool]) -> bool:
+        """As `pouring.pour`: while this waits, what comes goes to `take` as it comes in."""
+        if self._parts and not take(self._taken()):
+            return not self._complete
+        while not self._complete and self._error is None:
+            assert self._line is not None
+            self._tap = take
+            self._waiter = waiter = self._line.listen()
+            try:
+                await waiter
+            finally:
+                refused, self._tap, self._waiter = self._tap is None, None, None
+            if refused:
+                return not self._complete
+        if self._error is not None:
+            raise self._error
+        return False
+
     async def _until(self, enough: int) -> None:
         """Waits for the end, and for the head and `enough` bytes of the body at the most."""
         while not (self._complete or self._error is not None or (self.status and self._size >= enough)):
@@ -107,7 +127,7 @@ class Answer:
 
     def _taken(self) -> bytes:
         data = self._parts[0] if len(self._parts) == 1 else b"".join(self._parts)
-        self._parts = []
+        self._parts.clear()
         self._size = 0
         self._resume()
         return data
@@ -157,18 +177,29 @@ class Answer:
             self._persistent = False
             return
         self._barren += len(data)
+        before = len(self._parts)
         try:
             self._parser.feed_data(data)
         except (HttpParserError, HttpParserUpgrade) as error:
             self._persistent = False
             self.broke(error)
-        if self._barren > HEAD_BYTES:  # of no body: a head, or a trailer, without end
+        if len(self._parts) > before:
+            self._barren = 0
+            self._came(before)
+        elif self._barren > HEAD_BYTES:  # of no body: a head, or a trailer, without end
             self.broke(None)
-        if self._waiter is not None and self.status and (self._complete or self._size >= self._enough):
+        if self._waiter is not None and self.status and (self._complete or (self._tap is None and self._size >= self._enough)):
             self._wake()
         if self._size > self._window and self._line is not None and not self._complete and not self._paused:
             self._paused = True
             self._line.pause_reading()
+
+    def _came(self, before: int) -> None:
+        if self._tap is None:
+            self._size += sum(map(len, self._parts[before:]))
+        elif not self._tap(self._taken()):
+            self._tap = None
+            self._wake()
 
     def ended(self) -> None:
         """The other side sends nothing more."""
@@ -203,8 +234,8 @@ class Answer:
     # -- for the parser
 
     def on_message_begin(self) -> None:
-        if self._complete:  # bytes behind the end
-            self._persistent = False
+        if self._complete:
+            raise ValueError("bytes behind the end")
 
     def on_header(self, name: bytes, value: bytes) -> None:
         if not self.status:
@@ -227,12 +258,6 @@ class Answer:
         self._persistent = parser.should_keep_alive() and parser.get_http_version() == "1.1"
         self._barren = 0
         self.status = status
-
-    def on_body(self, data: bytes) -> None:
-        if not self._complete:
-            self._parts.append(data)
-            self._size += len(data)
-            self._barren = 0
 
     def on_message_complete(self) -> None:
         if self.status:
