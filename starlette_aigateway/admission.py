@@ -23,6 +23,7 @@ from .policy.pricing import stored_price
 from .policy.routing import Plan, Target
 from .prices import Price
 from .providers.simple import RegisteredProvider
+from .repeats import Repeat
 from .services import Services
 from .standing import Standing, Standings
 from .types import CallOptions, CompletionRequest, Limits, Principal, PromptRef, Tenant, WindowState
@@ -84,7 +85,10 @@ class Admission:
         bill: Bill | None = None,
     ) -> Call:
         """Renders, plans, authorizes, looks the answer up and limits; what comes out may be answered."""
-        call = await self.asked(principal, request, options, request_id, stream=stream, bill=bill)
+        return await self.let_in(await self.asked(principal, request, options, request_id, stream=stream, bill=bill))
+
+    async def let_in(self, call: Call) -> Call:
+        """Takes the windows of a call that was `asked`."""
         try:
             windows = await self._s.limiter.admit(call.claims)
         except (RateLimitExceeded, InvalidRequest) as refusal:
@@ -142,6 +146,36 @@ class Admission:
             deadline=started + (timeout if options.timeout is None else min(timeout, options.timeout)),
             prompt=prompt,
             bill=bill,
+        )
+
+    async def asked_again(self, principal: Principal, repeat: Repeat, options: CallOptions, request_id: str) -> Call | None:
+        """What `asked` would find, where the answer is at hand; else None, and `asked` has to be asked."""
+        started = monotonic()
+        request = repeat.request
+        plan = self._planned(request.model).plan
+        keys.authorize(principal, request.model)
+        standing = self._standings.of(principal, NO_LIMITS if principal.tenant is None else await self._tenant(principal))
+        kept = repeat.kept.get(standing.shared_by)
+        stored = None if kept is None else self._answers.recall(kept, options)
+        if kept is None or stored is None:
+            return None
+        return Call(
+            request_id=request_id,
+            principal=principal,
+            request=request,
+            options=options,
+            stream=False,
+            plan=plan,
+            standing=standing,
+            claims=standing.requests,
+            windows=(),
+            cache_key=kept.key,
+            stored=stored,
+            weight=None,
+            started=started,
+            admitted_at=self._s.clock(),
+            deadline=started + self._s.timeouts.call,
+            prompt=None,
         )
 
     async def _render(self, principal: Principal, request: CompletionRequest, reference: PromptRef) -> tuple[CompletionRequest, str, bool]:

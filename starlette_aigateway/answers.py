@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from contextlib import suppress
+from typing import Protocol, runtime_checkable
 
 from . import replay
 from .calls import Call, Done
@@ -11,10 +12,19 @@ from .errors import ProviderError
 from .policy import caching
 from .policy.caching import CachedAnswer, CachedCompletion, CachedEvents, CachePolicy
 from .protocols import Clock, ResponseCache
+from .repeats import Kept
 from .streams import Relay
 from .types import CallOptions
 
 log = logging.getLogger("starlette_aigateway")
+
+
+@runtime_checkable
+class RemembersAnswers(Protocol):
+    """What a `ResponseCache` may offer besides."""
+
+    def recall(self, key: str) -> bytes | None:
+        """What `get` would give, where that is in memory; else None. The same bytes are the same object, as far as that can be."""
 
 
 class Answers:
@@ -22,6 +32,7 @@ class Answers:
 
     def __init__(self, responses: ResponseCache, policy: CachePolicy, clock: Clock) -> None:
         self._responses = responses
+        self._recall = responses.recall if isinstance(responses, RemembersAnswers) else None
         self._policy = policy
         self._clock = clock
         self._faults: set[str] = set()
@@ -35,6 +46,26 @@ class Answers:
             self._failed(error)
             return None
         stored = None if value is None else caching.decode(value)
+        if stored is None or not caching.fresh(stored, options.cache, self._clock(), self._policy.ttl):
+            return None
+        return stored
+
+    def recall(self, kept: Kept, options: CallOptions) -> CachedAnswer | None:
+        """What `lookup` would find, where nothing has to be waited for to know; else None."""
+        if self._recall is None or not options.cache.read:
+            return None
+        try:
+            value = self._recall(kept.key)
+        except Exception as error:  # noqa: BLE001  # as in `lookup`
+            self._failed(error)
+            return None
+        if value is None:
+            kept.value = kept.answer = None
+            return None
+        if value is kept.value:
+            stored = kept.answer
+        elif (stored := caching.decode(value)) is not None:
+            kept.read(value, stored)
         if stored is None or not caching.fresh(stored, options.cache, self._clock(), self._policy.ttl):
             return None
         return stored

@@ -130,6 +130,14 @@ class DiskResponseCache:
         worker.memory.put(key, entry)
         return entry.value
 
+    def recall(self, key: str) -> bytes | None:
+        """What `get` would give, where this process has it in memory; else None."""
+        worker = self._workers.get(THIS.pid)
+        if worker is None or not worker.files.tried:
+            return None
+        generation = worker.files.generation()
+        return worker.memory.get(key, self._clock(), generation) if generation == worker.generation else None
+
     async def put(self, key: str, value: bytes, ttl: float) -> None:
         if ttl > 0:
             worker = self._worker()

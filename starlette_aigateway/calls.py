@@ -154,7 +154,7 @@ class Done(Struct, frozen=True, kw_only=True):
 
 class Served(Struct, frozen=True, kw_only=True):
     """A whole answer and what the door says about it; `created` is Unix seconds. The completion of a cached answer is decoded only when
-    somebody looks at it."""
+    somebody looks at it; `call` is the one that it answers."""
 
     request_id: str
     created: int
@@ -166,6 +166,7 @@ class Served(Struct, frozen=True, kw_only=True):
     lowered_to: int | None = None
     completion: Completion | None = None
     stored: CachedAnswer | None = None
+    call: Call | None = None
     replayed: bool = False
 
     @property

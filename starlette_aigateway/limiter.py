@@ -84,7 +84,11 @@ class Limiter:
         if not claims:
             return ()
         check_fits(claims)
-        outcome = await self._guarded(self._windows.acquire_all, claims)
+        try:
+            outcome = await self._windows.acquire_all(claims)
+        except self._faults as error:
+            return self._unreachable(error)
+        self._reported = False
         if isinstance(outcome, Refusal):
             raise exceeded(outcome)
         return outcome
@@ -128,15 +132,19 @@ class Limiter:
         try:
             outcome = await ask(claims)
         except self._faults as error:
-            if self._fail_open:
-                self._report(error, "calls are let through")
-                return ()
-            self._report(error, "calls are refused")
-            if isinstance(error, StorageUnavailable):
-                raise
-            raise StorageUnavailable("the rate limits cannot be checked now", retry_after=1.0) from error
+            return self._unreachable(error)
         self._reported = False
         return outcome
+
+    def _unreachable(self, error: Exception) -> tuple[()]:
+        """Lets a call through, or raises `StorageUnavailable`."""
+        if self._fail_open:
+            self._report(error, "calls are let through")
+            return ()
+        self._report(error, "calls are refused")
+        if isinstance(error, StorageUnavailable):
+            raise error
+        raise StorageUnavailable("the rate limits cannot be checked now", retry_after=1.0) from error
 
     def _report(self, error: BaseException, consequence: str) -> None:
         """Once for each outage: a call that gets through ends it."""

@@ -39,6 +39,7 @@ from .policy import caching, idempotency, keys
 from .policy.caching import CachedAnswer
 from .policy.idempotency import KeptAnswer, Outcome
 from .quotes import Quotes
+from .repeats import Repeat, Repeats
 from .services import Services
 from .streams import AnswerStream, LiveStream, Relay, StoredStream
 from .types import CallOptions, CompletionRequest, Principal, Usage
@@ -49,6 +50,7 @@ class Pipeline:
     def __init__(self, services: Services) -> None:
         self._s = services
         self._flights = Flights()
+        self.repeats = Repeats()
         self._answers = Answers(services.responses, services.cache, services.clock)
         self.admission = Admission(services, self._answers)
         self.quotes = Quotes(services, self.admission)
@@ -82,6 +84,18 @@ class Pipeline:
             self._tell(error, principal, request, request_id)
             raise
 
+    async def again(self, principal: Principal, repeat: Repeat, options: CallOptions, request_id: str) -> Served | None:
+        """The cached answer to a call like one that was answered from the cache before. None where it is not at hand, or not this caller's:
+        then nothing has happened yet, and `complete` has to be asked. Raises as that does."""
+        try:
+            call = await self.admission.asked_again(principal, repeat, options, request_id)
+            if call is None or call.stored is None:
+                return None
+            return await self._serve_stored(await self.admission.let_in(call), call.stored)
+        except AIGatewayError as error:
+            self._tell(error, principal, repeat.request, request_id)
+            raise
+
     def stream(
         self, principal: Principal, request: CompletionRequest, options: CallOptions, request_id: str
     ) -> AbstractAsyncContextManager[AnswerStream]:
@@ -99,7 +113,8 @@ class Pipeline:
         bill: Bill | None = None,
     ) -> Served:
         """In `job`, or in one of its own from the attempt on."""
-        call = await self.admission.admit(principal, request, options, request_id, stream=False, bill=bill)
+        call = await self.admission.asked(principal, request, options, request_id, stream=False, bill=bill)
+        call = await self.admission.let_in(call)
         if call.stored is not None:
             return await self._serve_stored(call, call.stored)
         return await self._fly(call, await self.admission.offer(call), job)
@@ -198,7 +213,9 @@ class Pipeline:
     # -- answers that cost nothing ---------------------------------------------------------------------------------------
 
     async def _serve_stored(self, call: Call, stored: CachedAnswer) -> Served:
-        await self._record_free(call, stored.provider, stored.content.model, stored.usage)
+        record = self._free_record(call, stored.provider, stored.content.model, stored.usage)
+        await self._s.ledger.record(record)
+        self._s.emit(CallRecorded(record=record))
         return Served(
             request_id=call.request_id,
             provider=stored.provider,
@@ -208,15 +225,21 @@ class Pipeline:
             windows=call.windows,
             age=caching.age(stored, self._s.clock()),
             stored=stored,
+            call=call,
         )
 
     def _stored_stream(self, call: Call, stored: CachedAnswer) -> StoredStream:
         return StoredStream(replay.items_of(stored), call, stored, age=caching.age(stored, self._s.clock()))
 
     async def _record_free(self, call: Call, provider: str, response_model: str | None, usage: Usage | None) -> None:
-        """The record of an answer at cost zero."""
+        record = self._free_record(call, provider, response_model, usage)
+        await self._s.ledger.record(record)
+        self._s.emit(CallRecorded(record=record))
+
+    def _free_record(self, call: Call, provider: str, response_model: str | None, usage: Usage | None) -> UsageRecord:
+        """Of an answer at cost zero."""
         now = self._s.clock()
-        record = UsageRecord(
+        return UsageRecord(
             id=keys.mint_id("use_", now, self._s.random),
             request_id=call.request_id,
             attempt=1,
@@ -236,8 +259,6 @@ class Pipeline:
             tags=call.options.tags,
             would_refuse=call.would_refuse,
         )
-        await self._s.ledger.record(record)
-        self._s.emit(CallRecorded(record=record))
 
     # -- answers of a provider -------------------------------------------------------------------------------------------
 

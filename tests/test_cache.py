@@ -607,3 +607,24 @@ def test_workers_that_start_at_once_all_find_their_answers(directory: Path) -> N
     said = [worker.communicate(timeout=60)[1].decode() for worker in workers]
     assert said == [""] * 4
     assert len(rows(directory)) == 400
+
+
+# -- what is at hand without a wait -----------------------------------------------------------------------------------------
+
+
+async def test_what_is_in_memory_is_recalled_as_the_same_object_for_as_long_as_it_may_be_given(
+    cache: DiskResponseCache, other: DiskResponseCache, clock: FakeClock
+) -> None:
+    assert cache.recall(key("a")) is None
+    await cache.get(key("a"))
+    await cache.put(key("a"), b"one", 60)
+    assert cache.recall(key("a")) is await cache.get(key("a")) is cache.recall(key("a"))
+    await cache.flush()
+    await other.get(key("b"))
+    assert other.recall(key("a")) is None, "it is on disk, which is for get to look at"
+    assert await other.get(key("a")) == other.recall(key("a")) == b"one"
+    await other.purge()
+    assert cache.recall(key("a")) is None
+    await cache.put(key("a"), b"another", 60)
+    clock.advance(60)
+    assert cache.recall(key("a")) is None

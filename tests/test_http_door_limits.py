@@ -156,13 +156,13 @@ async def test_a_body_in_tiny_pieces_takes_no_more_memory_than_its_bytes() -> No
         seen.append(1)
         return {"type": "http.request", "body": b" ", "more_body": len(seen) < 1000}
 
-    assert await bodies.read(receive, "", 1000, HOUR) == b" " * 1000
+    assert await bodies.read(receive, b"", 1000, HOUR) == b" " * 1000
     seen.clear()
     with pytest.raises(RequestTooLarge):
-        await bodies.read(receive, "", 999, HOUR)
+        await bodies.read(receive, b"", 999, HOUR)
     seen.clear()
     with pytest.raises(RequestTooLarge):
-        await bodies.read(receive, "9" * 5000, 999, HOUR)
+        await bodies.read(receive, b"9" * 5000, 999, HOUR)
     assert not seen
 
 

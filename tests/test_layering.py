@@ -32,8 +32,8 @@ LAYERS: tuple[dict[str, set[str]], ...] = (
     {
         "pipeline": {
             "administration", "admission", "answers", "attempt", "attempts", "background", "bookkeeping", "calls", "channel", "drains",
-            "flights", "holds", "idempotency", "lifecycle", "observing", "outbox", "pipeline", "quotes", "replay", "retention", "services",
-            "standing", "streams", "trail", "weight",
+            "flights", "holds", "idempotency", "lifecycle", "observing", "outbox", "pipeline", "quotes", "repeats", "replay", "retention",
+            "services", "standing", "streams", "trail", "weight",
         }
     },
     {"http": {"http"}},

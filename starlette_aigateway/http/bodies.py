@@ -25,7 +25,7 @@ class ClientLeft(Exception):
     """The client went away before its request was whole; there is nobody to answer."""
 
 
-async def read(receive: Receive, announced: str, limit: int, seconds: float) -> bytes:
+async def read(receive: Receive, announced: bytes, limit: int, seconds: float) -> bytes:
     """The whole body, at most `limit` bytes, within `seconds`. Raises `RequestTooLarge`, also by the `announced` length alone (the header
     `content-length`), `RequestTimeout` and `ClientLeft`."""
     if announced.isdigit() and (len(announced) > MAX_DIGITS or int(announced) > limit):
@@ -54,11 +54,11 @@ def _too_large(limit: int) -> RequestTooLarge:
     return RequestTooLarge(f"the body must be at most {limit} bytes")
 
 
-def require_json(content_type: str) -> None:
+def require_json(content_type: bytes) -> None:
     """Bodies are `application/json`: a form that another site posts is never taken for one."""
-    if content_type == "application/json":
+    if content_type == b"application/json":
         return
-    media_type = content_type.partition(";")[0].strip().lower()
+    media_type = content_type.decode("latin-1").partition(";")[0].strip().lower()
     if media_type != "application/json" and not (media_type.startswith("application/") and media_type.endswith("+json")):
         raise UnsupportedMediaType(
             f"the body must be JSON: send the header 'content-type: application/json', not {media_type[:80] or 'none'!r}",

@@ -12,6 +12,7 @@ from ..policy import caching
 from ..types import CallOptions
 from ..wires import openai_chat
 from . import shapes
+from .bodies import decode_object
 from .errors import window_headers
 from .exchange import Exchange
 from .replies import Header, Reply
@@ -20,7 +21,11 @@ from .sse import stream_response
 
 async def complete(exchange: Exchange) -> Response:
     """`model`, `messages` or `prompt`, and parameters; answers `{id, model, provider, message, finish_reason, usage, cost_usd, cached}`."""
-    call = openai_chat.decode_request(await exchange.json())
+    body = await exchange.body()
+    repeat = exchange.repeat(body)
+    if repeat is not None and repeat.request.n in (None, 1) and (again := await exchange.again(repeat)) is not None:
+        return complete_reply(exchange, again, repeat.request.model)
+    call = openai_chat.decode_request(decode_object(body))
     if call.request.n is not None and call.request.n != 1:
         raise InvalidRequest("n must be 1 here; v1/chat/completions gives several choices", param="n")
     options = call_options(exchange, "/complete")
@@ -30,13 +35,21 @@ async def complete(exchange: Exchange) -> Response:
             wire="native", id_headers=exchange.id_headers,
         )  # fmt: skip
     served = await exchange.complete(call.request, options)
-    body = msgspec.json.encode(shapes.answer(served.answer, call.request.model))
-    return Reply(body, served_headers(exchange, served))
+    exchange.learn(body, served)
+    return complete_reply(exchange, served, call.request.model)
+
+
+def complete_reply(exchange: Exchange, served: Served, model: str) -> Response:
+    return Reply(msgspec.json.encode(shapes.answer(served.answer, model)), served_headers(exchange, served))
 
 
 async def chat_completions(exchange: Exchange) -> Response:
     """OpenAI's Chat Completions, streamed or not; `prompt` references work here too."""
-    call = openai_chat.decode_request(await exchange.json())
+    body = await exchange.body()
+    repeat = exchange.repeat(body)
+    if repeat is not None and (again := await exchange.again(repeat)) is not None:
+        return chat_reply(exchange, again)
+    call = openai_chat.decode_request(decode_object(body))
     options = call_options(exchange, "/v1/chat/completions")
     if call.stream:
         return stream_response(
@@ -44,6 +57,11 @@ async def chat_completions(exchange: Exchange) -> Response:
             wire="openai", include_usage=call.include_usage, id_headers=exchange.id_headers,
         )  # fmt: skip
     served = await exchange.complete(call.request, options)
+    exchange.learn(body, served)
+    return chat_reply(exchange, served)
+
+
+def chat_reply(exchange: Exchange, served: Served) -> Response:
     native = served.native
     if native is not None and native.wire == openai_chat.WIRE:
         body = native.body

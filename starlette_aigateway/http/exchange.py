@@ -16,6 +16,8 @@ from ..calls import Served
 from ..errors import AuthenticationError, PermissionDenied
 from ..events import AdminActed, Event
 from ..pipeline import Pipeline
+from ..policy import caching
+from ..repeats import Repeat
 from ..types import CallOptions, CompletionRequest, Principal
 from . import bodies
 from .connection import Connection
@@ -25,6 +27,7 @@ from .query import Query
 from .replies import NO_STORE, Header, Reply
 
 CLIENT_ID_LENGTH = 128
+PLAIN = CallOptions()
 log = logging.getLogger("starlette_aigateway")
 
 
@@ -71,9 +74,13 @@ class Exchange(Struct, kw_only=True):
 
     async def json(self) -> dict[str, Any]:
         """The body as a JSON object. Raises `InvalidRequest` and its kin."""
-        bodies.require_json(self.header(b"content-type") or "")
-        announced = self.header(b"content-length") or ""
-        return bodies.decode_object(await bodies.read(self.receive, announced, self.max_body_bytes, self.receive_seconds))
+        return bodies.decode_object(await self.body())
+
+    def body(self) -> Awaitable[bytes]:
+        """The body, which has to say that it is JSON. Raises as `json` does."""
+        first = self.first
+        bodies.require_json(first.get(b"content-type", b""))
+        return bodies.read(self.receive, first.get(b"content-length", b""), self.max_body_bytes, self.receive_seconds)
 
     def complete(self, request: CompletionRequest, options: CallOptions) -> Awaitable[Served]:
         """A whole answer. Where a client that leaves is to end its call, somebody has to look for it; otherwise the call goes on to its
@@ -82,6 +89,23 @@ class Exchange(Struct, kw_only=True):
         if pipeline.ends_with_its_caller:
             return while_present(self.receive, lambda: pipeline.complete(self.principal, request, options, self.request_id))
         return pipeline.complete(self.principal, request, options, self.request_id)
+
+    def repeat(self, body: bytes) -> Repeat | None:
+        """What is known of a call with this body, which may then be served `again`. None also for one that ends with its caller, or has an
+        idempotency key: those go the whole way."""
+        if self.pipeline.ends_with_its_caller or b"idempotency-key" in self.first:
+            return None
+        return self.pipeline.repeats.get(body)
+
+    def again(self, repeat: Repeat) -> Awaitable[Served | None]:
+        control = self.header(b"cache-control")
+        options = PLAIN if control is None else CallOptions(cache=caching.parse_cache_control(control))
+        return self.pipeline.again(self.principal, repeat, options, self.request_id)
+
+    def learn(self, body: bytes, served: Served) -> None:
+        """An answer that came from the cache is given `again` to the same body."""
+        if served.call is not None:
+            self.pipeline.repeats.learn(body, served.call)
 
     async def present(self) -> bool:
         return await present(self.receive)
