@@ -25,7 +25,7 @@ from anyio.abc import TaskGroup
 from .deadlines import Deadline, deadline
 from .drains import Drains
 from .errors import AIGatewayError, NoProviderAvailable, ProviderTimeout
-from .wakeup import Latch, current_loop
+from .wakeup import Latch, current_loop, running_asyncio_loop
 
 GIVE_UP_SECONDS = 1.0
 """For work to end by itself, once its cancellation was due."""
@@ -55,6 +55,21 @@ class Job(Generic[T]):
         self._error: BaseException | None = None
         self.abandoned = False
         self.awaited: Callable[[], bool] = nobody
+        self._owner: Owner | None = None
+        self._tasks: set[asyncio.Task[None]]
+        self._task: asyncio.Task[None] | None = None
+
+    def begin(self, loop: asyncio.AbstractEventLoop, owner: Owner | None, tasks: set[asyncio.Task[None]]) -> None:
+        """In a bare task, which costs a fifth of one in a task group. The job itself says when it is done."""
+        self._owner, self._tasks = owner, tasks
+        task = loop.create_task(self.run())
+        if task.done():  # a loop of the host's that begins tasks at once
+            return
+        self._task = task
+        tasks.add(task)
+        if owner is not None:
+            owner.jobs.add(self)
+        task.add_done_callback(self._over)
 
     async def run(self) -> None:
         try:
@@ -119,9 +134,27 @@ class Job(Generic[T]):
 
     def ended(self) -> None:
         """The job's task is over, whether it ever ran or not."""
+        task, self._task = self._task, None
+        if task is not None:
+            task.remove_done_callback(self._over)
+            self._tasks.discard(task)
+            if self._owner is not None:
+                self._owner.jobs.discard(self)
         if self.abandoned:
             self._drains.ended(self)
         self._end()
+
+    def _over(self, task: asyncio.Task[None]) -> None:
+        """Of a task that was cancelled before it ran."""
+        self.ended()
+
+    async def left(self) -> None:
+        """Nobody waits for what it brings any more; without an owner, its end is waited for here."""
+        if not self.told:
+            self.abandon()
+        if self._owner is None:
+            with anyio.CancelScope(shield=True):
+                await self.finished_or_given_up()
 
     def _end(self) -> None:
         self._done.set()
@@ -145,7 +178,8 @@ class Job(Generic[T]):
         return self._known.is_set
 
     async def result(self) -> T:
-        await self._known.wait()
+        if not self._known.is_set:
+            await self._known.coming()
         if self._brought:
             return self._value
         assert self._error is not None, "work that brings nothing has failed"
@@ -216,7 +250,7 @@ class Background:
     def movable(self) -> bool:
         """Whether the block of a job may be left by another task than the one that entered it: not where the job needs a task group of
         its own."""
-        return self.shared or _on_asyncio()
+        return self.shared or running_asyncio_loop() is not None
 
     def _owner(self) -> Owner | None:
         if not self._owners:
@@ -229,49 +263,38 @@ class Background:
 
     async def run(self, work: Work[T], limit: float = math.inf) -> T:
         """Waits for `work`; if the wait is cancelled, the work goes on for its grace."""
-        async with self.start(work, limit) as job:
+        loop = running_asyncio_loop()
+        if loop is None:
+            async with self.start(work, limit) as job:
+                return await job.result()
+        job = Job(work, self.drains, limit, self._patience)
+        job.begin(loop, self._owner(), self._tasks)
+        try:
             return await job.result()
+        finally:
+            if not job.done:
+                await job.left()
 
     def start(self, work: Work[T], limit: float = math.inf) -> AbstractAsyncContextManager[Job[T]]:
         """Runs `work` beside the block, for `limit` seconds at most. When the block is left before the work is done, the job is
         abandoned; without an owner, leaving waits for it."""
         job = Job(work, self.drains, limit, self._patience)
-        owner = self._owner()
-        if _on_asyncio():
-            return InTask(job, owner, self._tasks)
-        return _in_group(job, owner)
+        loop = running_asyncio_loop()
+        return _in_group(job, self._owner()) if loop is None else InTask(job, loop, self._owner(), self._tasks)
 
 
 class InTask(AbstractAsyncContextManager[Job[T]]):
-    """A job in a bare task, which costs a fifth of one in a task group. The job itself says when it is done."""
-
-    def __init__(self, job: Job[T], owner: Owner | None, tasks: set[asyncio.Task[None]]) -> None:
+    def __init__(self, job: Job[T], loop: asyncio.AbstractEventLoop, owner: Owner | None, tasks: set[asyncio.Task[None]]) -> None:
         self._job = job
-        self._owner = owner
-        self._tasks = tasks
+        self._begin = loop, owner, tasks
 
     async def __aenter__(self) -> Job[T]:
-        task = asyncio.get_running_loop().create_task(self._job.run())
-        self._tasks.add(task)
-        task.add_done_callback(self._ended)
-        if self._owner is not None:
-            self._owner.jobs.add(self._job)
+        self._job.begin(*self._begin)
         return self._job
 
-    def _ended(self, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
-        if self._owner is not None:
-            self._owner.jobs.discard(self._job)
-        self._job.ended()
-
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if self._job.done:
-            return
-        if not self._job.told:
-            self._job.abandon()
-        if self._owner is None:
-            with anyio.CancelScope(shield=True):
-                await self._job.finished_or_given_up()
+        if not self._job.done:
+            await self._job.left()
 
 
 @asynccontextmanager
@@ -311,11 +334,3 @@ async def _keep(job: Job[Any], owner: Owner) -> None:
 async def _watch(job: Job[Any]) -> None:
     with anyio.CancelScope(shield=True):
         await job.finished_or_given_up()
-
-
-def _on_asyncio() -> bool:
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return False
-    return True

@@ -91,20 +91,27 @@ class Latch:
 
     def __init__(self) -> None:
         self.is_set = False
-        self._waiting: list[Wakeup] = []
+        self._waiting: list[Wakeup] | None = None
 
     def set(self) -> None:
         self.is_set = True
-        if self._waiting:
-            waiting, self._waiting = self._waiting, []
+        waiting, self._waiting = self._waiting, None
+        if waiting is not None:
             for one in waiting:
                 one.ring()
 
+    def coming(self) -> Awaitable[None]:
+        """For a latch that is not set yet."""
+        waiting = wakeup()
+        if self._waiting is None:
+            self._waiting = [waiting]
+        else:
+            self._waiting.append(waiting)
+        return waiting.wait()
+
     async def wait(self) -> None:
         if not self.is_set:
-            waiting = wakeup()
-            self._waiting.append(waiting)
-            await waiting.wait()
+            await self.coming()
 
 
 class Turn:
@@ -157,6 +164,14 @@ def ring(one: Wakeup) -> None:
         one.ring()
     else:
         _ring_in_loop([one])
+
+
+def running_asyncio_loop() -> asyncio.AbstractEventLoop | None:
+    """None where it is not asyncio that runs."""
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        return None
 
 
 def current_loop() -> object:
