@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
 from time import monotonic
+from types import TracebackType
 from typing import Any
 
 import anyio
@@ -41,6 +42,7 @@ class Attempt:
         self.hold = hold
         self.meter: Meter | None = None
         self.settlement: Settlement | None = None
+        self.job = job
         self.waits_for_reader = False
         self._timeouts = timeouts
         self.output_bound = offer.output_bound(call.request, priced, hold.amount)
@@ -80,32 +82,34 @@ class Attempt:
         """The most that a stream has told of its usage on the way."""
         return self.meter.usage if self.meter is not None else None
 
-    @asynccontextmanager
-    async def answer(self) -> AsyncIterator[ProviderAnswer]:
-        """The provider's open answer. Whatever it does wrong comes out as a `ProviderError`."""
-        request = replace(self.call.request, model=self.priced.target.upstream, max_tokens=self.output_bound)
+    def open(self) -> AbstractAsyncContextManager[ProviderAnswer]:
+        """Asks the provider; to be entered within the attempt."""
+        call = self.call
         provider_call = ProviderCall(
-            request=request,
-            stream=self.call.stream,
+            request=replace(call.request, model=self.priced.target.upstream, max_tokens=self.output_bound),
+            stream=call.stream,
             timeout=self.timeout,
             connect=self._timeouts.connect,
             read=self._timeouts.read,
-            request_id=self.call.request_id,
+            request_id=call.request_id,
         )
-        with self._deadline:
-            try:
-                async with self.priced.provider.adapter.open(provider_call) as answer:
-                    yield answer
-            except (AIGatewayError, ReaderLeft):
-                raise
-            except BaseException as error:
-                if not foreign(error):
-                    raise
-                raise ProviderError(f"{self.priced.target.provider} failed unexpectedly", billed="unknown") from error
-        if self._deadline.cancelled_caught and self.waits_for_reader:
-            raise ReaderLeft
-        if self._deadline.cancelled_caught:
-            raise ProviderTimeout(f"{self.priced.target.provider} did not answer within {self.timeout:g} seconds", billed="unknown")
+        return self.priced.provider.adapter.open(provider_call)
+
+    def __enter__(self) -> None:
+        """Around everything that the provider does: whatever of it goes wrong comes out as a `ProviderError`."""
+        self._deadline.__enter__()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        deadline, provider = self._deadline, self.priced.target.provider
+        if error is None or isinstance(error, AIGatewayError | ReaderLeft) or not foreign(error):
+            deadline.__exit__(kind, error, trace)
+            if deadline.cancelled_caught and self.waits_for_reader:
+                raise ReaderLeft from None
+            if deadline.cancelled_caught:
+                raise ProviderTimeout(f"{provider} did not answer within {self.timeout:g} seconds", billed="unknown") from None
+        else:
+            deadline.__exit__(None, None, None)
+            raise ProviderError(f"{provider} failed unexpectedly", billed="unknown") from error
 
     def heard(self, now: float) -> None:
         """The provider sent something: its next silence may last as long again, within the call's own deadline."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from time import monotonic
 
 import anyio
@@ -66,18 +67,21 @@ class Attempts:
         self._max_drain_bytes = max_drain_bytes
         self._circuits: dict[Target, Circuit] = {}
 
-    async def complete(self, call: Call, offer: Offer, job: Job[Done]) -> Done:
-        async def run(attempt: Attempt) -> Done:
-            async with attempt.answer() as answer:
-                completion = await answer.completion()
-            usage = metering.plausible(completion.usage)
-            if usage is not None and not usage.output_tokens:
-                usage = metering.plausible(usage, openai_chat.output_bytes([Chunk(delta=completion.message)]) > 0)
-            settlement = attempt.whole(usage, lambda: _output_bytes(completion), completion.model)
-            record = await self._settle(job, attempt, settlement)
-            return _done(attempt, settlement, record, replace(completion, usage=settlement.usage))
+    def complete(self, call: Call, offer: Offer, job: Job[Done]) -> Awaitable[Done]:
+        return self._first_success(call, offer, job, self._whole)
 
-        return await self._first_success(call, offer, job, run)
+    async def _whole(self, attempt: Attempt) -> Done:
+        with attempt:
+            async with attempt.open() as answer:
+                completion = await answer.completion()
+        usage = metering.plausible(completion.usage)
+        if usage is not None and not usage.output_tokens:
+            usage = metering.plausible(usage, openai_chat.output_bytes([Chunk(delta=completion.message)]) > 0)
+        settlement = attempt.whole(usage, partial(_output_bytes, completion), completion.model)
+        record = await self._settle(attempt, settlement)
+        if completion.usage is not settlement.usage:
+            completion = replace(completion, usage=settlement.usage)
+        return _done(attempt, settlement, record, completion)
 
     async def stream(self, call: Call, offer: Offer, job: Job[Done], relay: Relay) -> Done:
         async def run(attempt: Attempt) -> Done:
@@ -88,15 +92,16 @@ class Attempts:
                 item = given if isinstance(given, RawEvents) or given.usage is None else _believed(given)
                 return relay.pass_on(item, meter.see(item)) and not pulse.due
 
-            async with attempt.answer() as answer:
-                events = answer.events()
-                while await pour(events, take):
-                    if pulse.due:
-                        await pulse.beat()
-                    await self._held_up(relay, pulse)
+            with attempt:
+                async with attempt.open() as answer:
+                    events = answer.events()
+                    while await pour(events, take):
+                        if pulse.due:
+                            await pulse.beat()
+                        await self._held_up(relay, pulse)
             relay.flush()
             settlement = attempt.whole(meter.bill, meter.output_bytes, meter.model)
-            record = await self._settle(job, attempt, settlement)
+            record = await self._settle(attempt, settlement)
             return _done(attempt, settlement, record, None)
 
         job.given_up = relay.close
@@ -111,7 +116,10 @@ class Attempts:
         failures: list[Failure] = []
         unresolved: Hold | None = None
         while True:
-            attempt = await self._next(call, offer, job, failures, unresolved)
+            if failures or self._circuits:
+                attempt = await self._next(call, offer, job, failures, unresolved)
+            else:
+                attempt = await self._begin(call, offer, job, offer.targets[0].target, failures, None)
             target = attempt.priced.target
             job.asks = target.provider
             try:
@@ -123,7 +131,7 @@ class Attempts:
                     await self._give_back(job, unresolved)
                     raise
             except BaseException as error:
-                await self._abandoned(job, attempt)
+                await self._abandoned(attempt)
                 if isinstance(error, ReaderLeft):
                     raise NoProviderAvailable("the stream was given up: nobody read it for too long", retryable=False) from None
                 raise
@@ -136,8 +144,6 @@ class Attempts:
         """The next attempt. The hold of a failed one that charged nothing is released in the same transaction where the next follows at
         once, and before anything else otherwise. Raises the last error when nothing is left to try."""
         try:
-            if not failures and not self._circuits:
-                return await self._begin(call, offer, job, offer.targets[0].target, failures, unresolved)
             plan = replace(call.plan, targets=offer.plan)
             if failures and await self._caller_left(call, job):
                 raise _exhausted(failures[-1].error)
@@ -180,10 +186,10 @@ class Attempts:
         if hold is not None:
             await self._holds.release(job, hold)
 
-    async def _abandoned(self, job: Job[Done], attempt: Attempt) -> None:
+    async def _abandoned(self, attempt: Attempt) -> None:
         settlement = attempt.settlement or attempt.broken_off(None)
         assert settlement is not None, "what was sent is charged"
-        await self._settle(job, attempt, settlement)
+        await self._settle(attempt, settlement)
 
     async def _begin(
         self, call: Call, offer: Offer, job: Job[Done], target: Target, failures: Sequence[Failure], replaces: Hold | None
@@ -200,7 +206,11 @@ class Attempts:
             replaced = replaces.id if replaces is not None else None
             request = replace(request, attempt=len(failures) + 1, admission=priced.ask.minimum, replaces=replaced)
         try:
-            offer, hold = await self._hold(job, offer, priced, request, now)
+            try:
+                hold = await self._holds.reserve(job, request, now)
+            except CostUnbounded as refused:
+                offer, request = _bounded(offer, priced, request, refused)
+                hold = await self._holds.reserve(job, request, now)
         except (SpendCapExceeded, TooManyParallelRequests, PriceUnknown) as refused:
             if failures:
                 raise _exhausted(failures[-1].error) from refused
@@ -212,17 +222,6 @@ class Attempts:
             code = hold.would_refuse
             self._emit(CallTolerated(request_id=call.request_id, principal=call.principal.id, model=call.plan.model, code=code))
         return Attempt(call, offer, priced, request.attempt, hold, self._timeouts, job)
-
-    async def _hold(self, job: Job[Done], offer: Offer, priced: PricedTarget, request: HoldRequest, now: float) -> tuple[Offer, Hold]:
-        """A cap that was set since the call was let in, or by workers with other settings, asks for a bound: then with one, if there is."""
-        try:
-            return offer, await self._holds.reserve(job, request, now)
-        except CostUnbounded as refused:
-            if request.bounded:
-                raise
-            if priced.obstacle is not None:
-                raise priced.obstacle from refused
-        return replace(offer, bounded=True), await self._holds.reserve(job, replace(request, bounded=True), now)
 
     async def _failed(self, job: Job[Done], attempt: Attempt, error: ProviderError) -> Hold | None:
         """Books a failure. Gives the hold back where the provider charged nothing: it is still to be released."""
@@ -243,15 +242,15 @@ class Attempts:
         settlement = attempt.broken_off(error)
         if settlement is None:
             return attempt.hold
-        await self._settle(job, attempt, settlement)
+        await self._settle(attempt, settlement)
         return None
 
-    async def _settle(self, job: Job[Done], attempt: Attempt, settlement: Settlement) -> UsageRecord | None:
-        job.asks = None
+    def _settle(self, attempt: Attempt, settlement: Settlement) -> Awaitable[UsageRecord | None]:
+        attempt.job.asks = None
         if attempt.call.bill is not None:
             attempt.call.bill.booked = True
         attempt.settlement = settlement
-        return await self._holds.settle(job, attempt.hold, settlement)
+        return self._holds.settle(attempt.job, attempt.hold, settlement)
 
     async def _held_up(self, relay: Relay, pulse: Pulse) -> None:
         """A reader that is slow is waited for. What comes once nobody reads is drained within the bound of bytes, and without keeping the
@@ -274,6 +273,15 @@ class Attempts:
     def _opens_at(self, target: Target) -> float | None:
         circuit = self._circuits.get(target)
         return None if circuit is None else circuit.opens_at(monotonic())
+
+
+def _bounded(offer: Offer, priced: PricedTarget, request: HoldRequest, refused: CostUnbounded) -> tuple[Offer, HoldRequest]:
+    """A cap that was set since the call was let in, or by workers with other settings, asks for a bound: then with one, if there is."""
+    if request.bounded:
+        raise refused
+    if priced.obstacle is not None:
+        raise priced.obstacle from refused
+    return replace(offer, bounded=True), replace(request, bounded=True)
 
 
 def _done(attempt: Attempt, settlement: Settlement, record: UsageRecord | None, completion: Completion | None) -> Done:

@@ -261,13 +261,16 @@ class Background:
                 return owner
         return None
 
+    def job(self, work: Work[T], limit: float) -> Job[T]:
+        return Job(work, self.drains, limit, self._patience)
+
     async def run(self, work: Work[T], limit: float = math.inf) -> T:
         """Waits for `work`; if the wait is cancelled, the work goes on for its grace."""
         loop = running_asyncio_loop()
         if loop is None:
             async with self.start(work, limit) as job:
                 return await job.result()
-        job = Job(work, self.drains, limit, self._patience)
+        job = self.job(work, limit)
         job.begin(loop, self._owner(), self._tasks)
         try:
             return await job.result()
@@ -278,7 +281,7 @@ class Background:
     def start(self, work: Work[T], limit: float = math.inf) -> AbstractAsyncContextManager[Job[T]]:
         """Runs `work` beside the block, for `limit` seconds at most. When the block is left before the work is done, the job is
         abandoned; without an owner, leaving waits for it."""
-        job = Job(work, self.drains, limit, self._patience)
+        job = self.job(work, limit)
         loop = running_asyncio_loop()
         return _in_group(job, self._owner()) if loop is None else InTask(job, loop, self._owner(), self._tasks)
 

@@ -16,8 +16,9 @@ Values flow forward; each step takes what it needs and returns what it found.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
+from functools import partial
 from time import monotonic
 from typing import Any
 
@@ -28,7 +29,7 @@ from .accounts import UsageRecord
 from .admission import Admission
 from .answers import Answers
 from .attempts import Attempts
-from .background import Job, Work
+from .background import Job
 from .calls import Bill, Call, Done, Offer, Served
 from .errors import AIGatewayError, ProviderTimeout
 from .events import CallRecorded, CallRefused
@@ -265,47 +266,44 @@ class Pipeline:
     async def _fly(self, call: Call, offer: Offer, job: Job[Any] | None) -> Served:
         """Runs the call, or waits for an identical one that is in the air."""
         key = call.cache_key
-        if key is None or not (call.options.cache.read and call.options.cache.store) or not self._s.background.shared:
-            return self._served(call, await self._run(call, job, lambda job: self._attempt(call, offer, job)))
-        flight, takes_off = self._flights.join(key)
-        if takes_off:
-            return self._served(call, await self._run(call, job, lambda job: self._lead(call, offer, flight, job)))
-        with anyio.move_on_after(call.deadline - monotonic()):
-            await flight.wait()
-        if not flight.landed.is_set:
-            raise ProviderTimeout("an identical call was waited for, and did not end in time", billed="no")
-        if flight.done is not None and flight.done.completion is not None:
-            return await self._serve_joined(call, flight.done)
-        return self._served(call, await self._run(call, job, lambda job: self._attempt(call, offer, job)))
-
-    def _run(self, call: Call, job: Job[Any] | None, work: Work[Done]) -> Awaitable[Done]:
-        """In `job`, where the call already has one."""
-        return work(job) if job is not None else self._s.background.run(work, self._limit(call.deadline))
+        flight: Flight | None = None
+        if key is not None and call.options.cache.read and call.options.cache.store and self._s.background.shared:
+            flight, takes_off = self._flights.join(key)
+            if not takes_off:
+                with anyio.move_on_after(call.deadline - monotonic()):
+                    await flight.wait()
+                if not flight.landed.is_set:
+                    raise ProviderTimeout("an identical call was waited for, and did not end in time", billed="no")
+                if flight.done is not None and flight.done.completion is not None:
+                    return await self._serve_joined(call, flight.done)
+                flight = None
+        work = partial(self._attempt, call, offer, flight)
+        return self._served(call, await (self._s.background.run(work, self._limit(call.deadline)) if job is None else work(job)))
 
     def _limit(self, deadline: float) -> float:
         """Seconds after which the job of a call is given up in any case, also by stores that never answer."""
         timeouts = self._s.timeouts
         return deadline - monotonic() + timeouts.drain + timeouts.settle + 2 * timeouts.storage
 
-    async def _lead(self, call: Call, offer: Offer, flight: Flight, job: Job[Done]) -> Done:
-        job.awaited = flight.awaited
-        job.given_up = lambda: self._flights.land(flight, None)
-        done: Done | None = None
+    async def _attempt(self, call: Call, offer: Offer, flight: Flight | None, job: Job[Done]) -> Done:
+        """Also for those who join `flight`, if it leads one."""
+        if flight is not None:
+            job.awaited = flight.awaited
+            job.given_up = partial(self._flights.land, flight, None)
+        shared: Done | None = None
         try:
-            done = await self._attempt(call, offer, job)
-            return done
+            try:
+                done = await self._attempts.complete(call, offer, job)
+            except AIGatewayError as error:
+                await self.admission.give_tokens_back(call, error)
+                raise
+            await self._answers.keep(call, done)
+            self._tell_early(job, call, done)
+            await self.admission.correct_windows(call, done)
+            shared = done
         finally:
-            self._flights.land(flight, done if done is not None and _shareable(done) else None)
-
-    async def _attempt(self, call: Call, offer: Offer, job: Job[Done]) -> Done:
-        try:
-            done = await self._attempts.complete(call, offer, job)
-        except AIGatewayError as error:
-            await self.admission.give_tokens_back(call, error)
-            raise
-        await self._answers.keep(call, done)
-        self._tell_early(job, call, done)
-        await self.admission.correct_windows(call, done)
+            if flight is not None:
+                self._flights.land(flight, shared if shared is not None and _shareable(shared) else None)
         return done
 
     async def _attempt_stream(self, call: Call, offer: Offer, job: Job[Done], relay: Relay) -> Done:

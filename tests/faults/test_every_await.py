@@ -147,7 +147,7 @@ class Walk:
 
     async def _ask_again(self, where: str) -> None:
         """The idempotency key is not left behind by a call that is over, and what was billed under it is not billed again."""
-        vars(self.gateway._composition.background).pop("start", None)
+        vars(self.gateway._composition.background).pop("job", None)
         billed = [provider.bill[self.text] for provider in self._providers]
         refused: Conflict | None = None
         try:
@@ -190,9 +190,9 @@ async def walking(
 def cut_work(gateway: AIGateway, at: int, act: Callable[[Job[Any]], BaseException | None]) -> list[AtAwait]:
     """From now on the work of each job of the gateway is cut off at await `at`."""
     cuts: list[AtAwait] = []
-    start = type(gateway._composition.background).start
+    job = type(gateway._composition.background).job
 
-    def starting(work: Work[Any], limit: float) -> Any:
+    def starting(work: Work[Any], limit: float) -> Job[Any]:
         def cut(job: Job[Any]) -> Awaitable[Any]:
             cuts.append(AtAwait(work(job), at, lambda: act(job)))
             return cuts[-1]
@@ -200,9 +200,9 @@ def cut_work(gateway: AIGateway, at: int, act: Callable[[Job[Any]], BaseExceptio
         async def walked(job: Job[Any]) -> Any:
             return await cut(job)
 
-        return start(gateway._composition.background, walked, limit)
+        return job(gateway._composition.background, walked, limit)
 
-    gateway._composition.background.start = starting  # type: ignore[method-assign,assignment]  # for the step that follows
+    gateway._composition.background.job = starting  # type: ignore[method-assign]  # for the step that follows
     return cuts
 
 
