@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Mapping, Sequence
 from datetime import datetime, timedelta
+from hashlib import sha256
 from typing import Any, Protocol, TypeAlias, Unpack, runtime_checkable
 
 from .accounts import StoredPrompt, tenant_scope
@@ -125,7 +126,7 @@ class Administration(Bookkeeping):
         if self._recall is None:
             return None
         now = self._clock()
-        key = self._recall(key_policy.digest_of(raw_key), now=now)
+        key = self._recall(sha256(raw_key).digest(), now=now)
         return key.principal if key is not None and key.usable_at(now) else None
 
     async def _holder(self, digest: bytes) -> Principal:

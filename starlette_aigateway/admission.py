@@ -148,17 +148,18 @@ class Admission:
             bill=bill,
         )
 
-    async def asked_again(self, principal: Principal, repeat: Repeat, options: CallOptions, request_id: str) -> Call | None:
-        """What `asked` would find, where the answer is at hand; else None, and `asked` has to be asked."""
-        started = monotonic()
-        request = repeat.request
+    async def again(self, principal: Principal, repeat: Repeat, options: CallOptions, request_id: str) -> Call | None:
+        """`admit`, where the answer is at hand: what depends on nothing but the body is known. Else None, and nothing was taken."""
+        services, started, request = self._s, monotonic(), repeat.request
         plan = self._planned(request.model).plan
         keys.authorize(principal, request.model)
         standing = self._standings.of(principal, NO_LIMITS if principal.tenant is None else await self._tenant(principal))
         kept = repeat.kept.get(standing.shared_by)
         stored = None if kept is None else self._answers.recall(kept, options)
-        if kept is None or stored is None:
+        if kept is None or stored is None or not services.enforce:
             return None
+        claims = standing.requests
+        windows = await services.limiter.admit(claims)
         return Call(
             request_id=request_id,
             principal=principal,
@@ -167,14 +168,14 @@ class Admission:
             stream=False,
             plan=plan,
             standing=standing,
-            claims=standing.requests,
-            windows=(),
+            claims=claims,
+            windows=windows,
             cache_key=kept.key,
             stored=stored,
             weight=None,
             started=started,
-            admitted_at=self._s.clock(),
-            deadline=started + self._s.timeouts.call,
+            admitted_at=services.clock(),
+            deadline=started + services.timeouts.call,
             prompt=None,
         )
 

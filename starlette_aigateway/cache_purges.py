@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from typing import TypeAlias
 
-from .shared_counter import UNMAPPED, SharedCounter
+from .shared_counter import SharedCounter
 
 STALE = 0.05
 """Seconds after which a worker looks whether the file at the path is still the one that it reads."""
@@ -30,8 +30,8 @@ class Purges:
         """What an entry is compared with at every read: so no worker answers from its memory what another one purged."""
         if time.monotonic() >= self._look_at:
             self._look()
-        count = self._counter.value
-        return None if count == UNMAPPED else (self._files, count)
+        cells = self._counter.cells
+        return None if cells is None else (self._files, cells[0])
 
     def begin_generation(self) -> None:
         """In every worker, before this returns. Blocks for `STALE` seconds where others may read another file. Raises `OSError` without

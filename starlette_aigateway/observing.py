@@ -32,6 +32,8 @@ class Observers:
         self._observers = tuple(observers)
         self._tap = tap
         self._queue: deque[Event] = deque(maxlen=QUEUE)
+        self.untold = self._queue
+        """What no observer was told of yet; empty where there are none."""
         self._workers: dict[object, Wakeup] = {}
         self._lost = False
 

@@ -18,25 +18,25 @@ async def within(seconds: float, work: Coroutine[Any, Any, T]) -> T | None:
 
     On asyncio the time begins with the first wait of `work`, which may stand in scopes of anyio's by then: a deadline there is a timer,
     which does not mind who was entered first."""
-    rest: Awaitable[T] = work
-    if _on_asyncio():
-        try:
-            waited_for = work.send(None)
-        except StopIteration as done:
-            result: T = done.value
-            return result
-        rest = _rest(work, waited_for)
+    done, rest = at_once(work)
+    if done is not None:
+        return done
     with deadline(seconds):
         return await rest
     return None
 
 
-def _on_asyncio() -> bool:
+def at_once(work: Coroutine[Any, Any, T]) -> tuple[T | None, Awaitable[T]]:
+    """What `work`, which brings no None, brings without a wait; else None, and the rest of it, which has to be awaited."""
     try:
         asyncio.get_running_loop()
-    except RuntimeError:
-        return False
-    return True
+    except RuntimeError:  # not asyncio
+        return None, work
+    try:
+        waited_for = work.send(None)
+    except StopIteration as done:
+        return done.value, work
+    return None, _rest(work, waited_for)
 
 
 @coroutine

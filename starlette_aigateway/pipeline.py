@@ -89,13 +89,16 @@ class Pipeline:
         """The cached answer to a call like one that was answered from the cache before. None where it is not at hand, or not this caller's:
         then nothing has happened yet, and `complete` has to be asked. Raises as that does."""
         try:
-            call = await self.admission.asked_again(principal, repeat, options, request_id)
+            call = await self.admission.again(principal, repeat, options, request_id)
             if call is None or call.stored is None:
                 return None
-            return await self._serve_stored(await self.admission.let_in(call), call.stored)
+            record = self._free_record(call, call.stored.provider, call.stored.content.model, call.stored.usage)
+            await self._s.ledger.record(record)
         except AIGatewayError as error:
             self._tell(error, principal, repeat.request, request_id)
             raise
+        self._s.emit(CallRecorded(record=record))
+        return self._hit(call, call.stored)
 
     def stream(
         self, principal: Principal, request: CompletionRequest, options: CallOptions, request_id: str
@@ -214,9 +217,10 @@ class Pipeline:
     # -- answers that cost nothing ---------------------------------------------------------------------------------------
 
     async def _serve_stored(self, call: Call, stored: CachedAnswer) -> Served:
-        record = self._free_record(call, stored.provider, stored.content.model, stored.usage)
-        await self._s.ledger.record(record)
-        self._s.emit(CallRecorded(record=record))
+        await self._record_free(call, stored.provider, stored.content.model, stored.usage)
+        return self._hit(call, stored)
+
+    def _hit(self, call: Call, stored: CachedAnswer) -> Served:
         return Served(
             request_id=call.request_id,
             provider=stored.provider,

@@ -53,8 +53,11 @@ class Standings:
 
     def of(self, principal: Principal, tenant: Limits) -> Standing:
         known = self._known.get(principal.id)
-        if known is not None and _same(known.principal, principal) and _same(known.tenant, tenant):
-            return known
+        if known is not None:
+            if known.principal is principal and known.tenant is tenant:
+                return known
+            if known.principal == principal and known.tenant == tenant:
+                return known
         if len(self._known) >= MAX_STANDINGS:
             self._known.clear()
         standing = self._known[principal.id] = self._made(principal, tenant)
@@ -75,10 +78,6 @@ class Standings:
             requests=tuple(claim for claim in windows if claim.kind == "requests"),
             shared_by=caching.shared_by(self._cache_scope, principal),
         )
-
-
-def _same(known: Limits, given: Limits) -> bool:
-    return known is given or known == given
 
 
 def _windows(scope: str, limits: Limits) -> list[WindowClaim]:

@@ -20,8 +20,11 @@ from .door import Door
 from .errors import TO_THE_HOST, error_response, host_refusal
 from .exchange import Exchange
 from .replies import as_text
-from .router import Guard, Route, Router
+from .router import Guard, Match, Route, Router
 from .routes import ROUTES
+
+MAX_PLACES = 256
+"""Paths below mounts whose route is remembered."""
 
 log = logging.getLogger("starlette_aigateway")
 
@@ -50,6 +53,7 @@ class HTTPApp:
         self._max_body_bytes = max_body_bytes
         self._receive_seconds = receive_seconds
         self._router = Router(ROUTES if door.has_admins else without_admins(ROUTES))
+        self._places: dict[tuple[str, str | None, str | None], Match] = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "websocket":
@@ -81,14 +85,21 @@ class HTTPApp:
         except Exception as error:  # noqa: BLE001  # whatever goes wrong has an answer
             response = refusal(error, exchange)
         await response(scope, receive, send)
-        await self._observers.tell()
+        if self._observers.untold:
+            await self._observers.tell()
 
     def _route(self, exchange: Exchange) -> Route:
         """Raises `NotFound` and `OtherMethods`."""
-        match = self._router.match(route_path(exchange.scope))
+        scope = exchange.scope
+        place = (scope["path"], scope.get("root_path"), scope.get("app_root_path"))
+        match = self._places.get(place)
         if match is None:
-            raise NotFound("there is no such route")
-        method = exchange.scope["method"]
+            match = self._router.match(route_path(scope))
+            if match is None:
+                raise NotFound("there is no such route")
+            if not match.path and len(self._places) < MAX_PLACES:
+                self._places[place] = match
+        method = scope["method"]
         route = match.routes.get("GET" if method == "HEAD" else method)
         if route is None:
             raise OtherMethods(match.routes)

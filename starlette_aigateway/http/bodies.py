@@ -9,9 +9,10 @@ from typing import Any
 import msgspec
 from starlette.types import Receive
 
+from ..deadlines import deadline
 from ..errors import InvalidRequest, RequestTimeout, RequestTooLarge, UnsupportedMediaType
 from ..hints import did_you_mean
-from ..patience import within
+from ..patience import at_once
 
 MAX_DIGITS = 18
 MAX_VALUES = 100_000
@@ -30,10 +31,12 @@ async def read(receive: Receive, announced: bytes, limit: int, seconds: float) -
     `content-length`), `RequestTimeout` and `ClientLeft`."""
     if announced.isdigit() and (len(announced) > MAX_DIGITS or int(announced) > limit):
         raise _too_large(limit)
-    whole = await within(seconds, _read(receive, limit))
-    if whole is None:
-        raise RequestTimeout(f"the body did not come within {seconds:g} seconds")
-    return whole
+    done, whole = at_once(_read(receive, limit))
+    if done is not None:
+        return done
+    with deadline(seconds):
+        return await whole
+    raise RequestTimeout(f"the body did not come within {seconds:g} seconds")
 
 
 async def _read(receive: Receive, limit: int) -> bytes:

@@ -9,7 +9,7 @@ from .. import money
 from ..calls import Served
 from ..errors import InvalidRequest
 from ..policy import caching
-from ..types import CallOptions
+from ..types import CacheStatus, CallOptions
 from ..wires import openai_chat
 from . import shapes
 from .bodies import decode_object
@@ -17,6 +17,9 @@ from .errors import window_headers
 from .exchange import Exchange
 from .replies import Header, Reply
 from .sse import stream_response
+
+CACHE: dict[CacheStatus, Header] = {"hit": (b"x-cache", b"hit"), "miss": (b"x-cache", b"miss"), "bypass": (b"x-cache", b"bypass")}
+FREE: Header = (b"x-aigateway-cost-usd", b"0")
 
 
 async def complete(exchange: Exchange) -> Response:
@@ -89,10 +92,13 @@ def call_options(exchange: Exchange, route: str) -> CallOptions:
 
 
 def served_headers(exchange: Exchange, served: Served) -> list[Header]:
-    headers = exchange.id_headers + window_headers(served.windows)
-    headers.append((b"x-cache", served.cache.encode()))
-    headers.append((b"x-aigateway-provider", served.provider.encode()))
-    headers.append((b"x-aigateway-cost-usd", (money.text(served.cost_usd) or "0").encode() if served.cost else b"0"))
+    headers = exchange.id_headers
+    headers += window_headers(served.windows)
+    headers += (
+        CACHE[served.cache],
+        (b"x-aigateway-provider", served.provider.encode()),
+        (b"x-aigateway-cost-usd", (money.text(served.cost_usd) or "0").encode()) if served.cost else FREE,
+    )
     if served.age is not None:
         headers.append((b"age", b"%d" % served.age))
     if served.lowered_to is not None:

@@ -110,22 +110,34 @@ def is_final(error: AIGatewayError) -> bool:
 
 def window_headers(states: Sequence[WindowState]) -> list[Header]:
     """`x-ratelimit-*` of the tightest window of each kind, in OpenAI's sense: what is left now, and when it is as good as unused."""
+    requests: WindowState | None = None
+    tokens: WindowState | None = None
+    for state in states:
+        if state.claim.kind == "requests":
+            if requests is None or state.remaining < requests.remaining:
+                requests = state
+        elif tokens is None or state.remaining < tokens.remaining:
+            tokens = state
     headers: list[Header] = []
-    for kind, limit, remaining, reset in WINDOW_HEADERS:
-        tightest: WindowState | None = None
-        for state in states:
-            if state.claim.kind == kind and (tightest is None or state.remaining < tightest.remaining):
-                tightest = state
-        if tightest is not None:
-            seconds = math.ceil(tightest.reset_after * 1000) / 1000
-            headers += ((limit, b"%d" % tightest.claim.limit), (remaining, b"%d" % tightest.remaining), (reset, b"%gs" % seconds))
+    if requests is not None:
+        headers += (
+            (b"x-ratelimit-limit-requests", b"%d" % requests.claim.limit),
+            (b"x-ratelimit-remaining-requests", b"%d" % requests.remaining),
+            (b"x-ratelimit-reset-requests", _reset(requests)),
+        )
+    if tokens is not None:
+        headers += (
+            (b"x-ratelimit-limit-tokens", b"%d" % tokens.claim.limit),
+            (b"x-ratelimit-remaining-tokens", b"%d" % tokens.remaining),
+            (b"x-ratelimit-reset-tokens", _reset(tokens)),
+        )
     return headers
 
 
-WINDOW_HEADERS = (
-    ("requests", b"x-ratelimit-limit-requests", b"x-ratelimit-remaining-requests", b"x-ratelimit-reset-requests"),
-    ("tokens", b"x-ratelimit-limit-tokens", b"x-ratelimit-remaining-tokens", b"x-ratelimit-reset-tokens"),
-)
+def _reset(state: WindowState) -> bytes:
+    return b"%gs" % (math.ceil(state.reset_after * 1000) / 1000)
+
+
 BODILESS = frozenset({204, 205, 304})
 FRAMING = frozenset({"content-length", "content-type", "content-encoding", "transfer-encoding"})
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import TypeAlias
 
 from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 
 Header: TypeAlias = tuple[bytes, bytes]
 """Name, in lower case, and value."""
@@ -22,6 +23,10 @@ class Reply(Response):
         self.background = None
         self.body = body
         self.raw_headers = [*headers, (b"content-length", b"%d" % len(body)), JSON]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        await send({"type": "http.response.body", "body": self.body})
 
 
 def as_text(headers: Iterable[Header]) -> dict[str, str]:

@@ -227,7 +227,7 @@ def fresh(cached: CachedAnswer, control: CacheControl, now: float, ttl: float) -
     """Whether a call with `control` may be answered by `cached` at `now` (Unix seconds)."""
     if not control.read:
         return False
-    old = age(cached, now)
+    old = now - cached.stored_at  # below zero where the clock was set back
     return old < ttl and (control.max_age is None or old <= control.max_age)
 
 

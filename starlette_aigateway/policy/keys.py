@@ -61,11 +61,7 @@ def well_formed(raw: str) -> bool:
 
 def digest(raw: str) -> bytes:
     """What is stored in place of the key: SHA-256 of the whole. A key carries 256 random bits, so a slow hash would add nothing."""
-    return digest_of(raw.encode())
-
-
-def digest_of(raw: bytes) -> bytes:
-    return hashlib.sha256(raw).digest()
+    return hashlib.sha256(raw.encode()).digest()
 
 
 def hint(raw: str) -> str:
