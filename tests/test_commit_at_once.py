@@ -6,6 +6,7 @@ import sqlite3
 import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import closing, contextmanager
+from math import inf
 from pathlib import Path
 
 import anyio
@@ -13,7 +14,7 @@ import pytest
 
 from starlette_aigateway.errors import NotFound, StorageUnavailable
 from starlette_aigateway.stores.sqlite import commit as commit_module
-from starlette_aigateway.stores.sqlite.commit import GroupCommit
+from starlette_aigateway.stores.sqlite.commit import GroupCommit, Stage
 from tests.test_commit import Store, together
 
 pytestmark = pytest.mark.anyio
@@ -57,7 +58,7 @@ def locked(store: Store) -> Iterator[None]:
 async def with_the_thread(commit: GroupCommit[int, int]) -> None:
     writer = commit._writer
     assert writer is not None
-    while writer._given == writer._done:
+    while writer._stage is Stage.IDLE:
         await anyio.lowlevel.checkpoint()
 
 
@@ -104,21 +105,23 @@ async def test_a_lock_that_stays_taken_is_storage_unavailable_and_goes_on_afterw
     assert store.stored() == [0, 3]
 
 
-async def test_nothing_overtakes_what_is_with_the_thread(store: Store, commit: GroupCommit[int, int]) -> None:
+async def test_what_comes_while_the_thread_carries_out_a_batch_is_the_loops_next_one(store: Store, commit: GroupCommit[int, int]) -> None:
+    writer = commit._writer
+    assert writer is not None
+    writer._resting_until = inf
+    store.entered.clear()
+    store.go_on.clear()
     async with anyio.create_task_group() as group:
-        with locked(store):
-            group.start_soon(commit.run, 1)
-            await with_the_thread(commit)
-            store.go_on.clear()
+        group.start_soon(commit.run, 1)
+        while not store.entered.is_set():
+            await anyio.lowlevel.checkpoint()
+        writer._resting_until = 0.0
         for number in (2, 3):
             group.start_soon(commit.run, number)
             await anyio.wait_all_tasks_blocked()
         store.go_on.set()
-    assert [number for batch in store.batches for number in batch] == [1, 2, 3]
-    assert HERE() not in store.threads
-    await commit.run(4)
-    await commit.run(5)
-    assert store.threads[-1] == HERE()
+    assert store.batches == [[1], [2, 3]]
+    assert [thread == HERE() for thread in store.threads] == [False, True]
 
 
 async def test_a_batch_that_would_hold_up_the_loop_is_the_threads(

@@ -11,6 +11,7 @@ import pytest
 
 from starlette_aigateway import AIGateway, CacheControl, Price, StorageUnavailable
 from starlette_aigateway.accounts import UsageQuery
+from starlette_aigateway.stores.sqlite import write_ahead_log
 from starlette_aigateway.stores.sqlite.ledger import SQLiteLedger
 from starlette_aigateway.testing.ledger_kit import NOON, completed, hold_request
 from starlette_aigateway.testing.providers import After, Say, ScriptedProvider
@@ -86,8 +87,14 @@ async def test_a_settlement_is_written_whole_or_not_at_all(tmp_path: Path) -> No
         assert await ledger.check() == []
 
 
-async def test_a_grant_is_on_the_disk_before_anybody_is_told(tmp_path: Path) -> None:
-    async with gateway_over(tmp_path) as gateway:
-        connection = gateway._ledger._commit._writer._connection  # type: ignore[attr-defined]  # the one that writes
-        assert connection.execute("PRAGMA synchronous").fetchone() == (2,)
+async def test_a_gateways_ledger_syncs_what_it_grants_and_settles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That nobody is told before, and what a power cut leaves, is `tests/test_write_ahead_log.py`."""
+    syncs: list[int] = []
+    monkeypatch.setattr(write_ahead_log, "_datasync", syncs.append)
+    async with gateway_over(tmp_path, ScriptedProvider("hi")) as gateway:
+        syncs.clear()
+        await read(gateway, stream=False)
+        assert len(syncs) == 2
+        connection = gateway._ledger._commit._writer._transactions._connection  # type: ignore[attr-defined]  # the one that writes
+        assert connection.execute("PRAGMA synchronous").fetchone() == (1,)
         assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)

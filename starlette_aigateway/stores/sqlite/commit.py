@@ -1,26 +1,29 @@
-"""Group commit: one writer thread per process and file, which commits whatever is waiting as one transaction.
+"""Group commit: whatever waits is committed as one transaction, one after the other, on the event loop or by one writer thread per
+process and file.
 
-Operations are values. The thread takes all that wait, and hands them to one `apply` function inside `BEGIN IMMEDIATE` ... `COMMIT`;
-every waiter learns its own result only after the commit. So a batch costs one sync to the disk and few statements, and since each
-SQLite statement gives up the interpreter lock, few statements also means few waits for the event loop's thread.
+Operations are values. All that wait are handed to one `apply` function inside `BEGIN IMMEDIATE` ... `COMMIT`; every waiter learns its own
+result only when the commit lasts. So a batch costs one sync to the disk and few statements, and since each SQLite statement gives up the
+interpreter lock, few statements also means few waits for the event loop's thread.
 
 Between processes a lock file stands before the database: SQLite's own busy handler sleeps ever longer and starves its waiters
 (seconds at four processes). What waits joins the batch until the moment the lock is ours.
 
-A file that waits for no disk is written on the event loop itself, at the end of a pass, where nothing at all has to be waited for: two
-changes of threads cost more than such a batch.
+The event loop carries out a batch itself, at the end of a pass, where nothing at all has to be waited for: two changes of threads cost more
+than the batch. The thread does what waits: opening the file, locks of others, syncs to the disk. What comes meanwhile is the next batch.
 """
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
+from enum import Enum, auto
 from queue import Empty, SimpleQueue
-from typing import Generic
+from typing import Generic, NamedTuple
 
 from ...process import THIS
-from ...wakeup import ring_all, wakeup
+from ...wakeup import Wakeup, ring_all, wakeup
 from .transactions import Op, Result, StoreFile, Transactions
 
 Failed = Callable[[BaseException], None]
@@ -28,8 +31,8 @@ Failed = Callable[[BaseException], None]
 
 MAX_BATCH = 256
 """Operations after which a batch takes no more; what one pass of an event loop brings is never divided."""
-MAX_AT_ONCE = 64
-"""Operations that an event loop may carry out itself: about a millisecond."""
+MAX_AT_ONCE = 128
+"""Operations that an event loop may carry out itself: a millisecond or two."""
 SLOW = 0.05
 REST = 1.0
 """A batch that held up the event loop for longer than `SLOW` seconds is followed by `REST` seconds in which it carries out none."""
@@ -38,6 +41,7 @@ NOTE_AFTER = 0.25
 """Seconds without work, or `NOTE_AT_LAST` seconds with it, after which a witness notes how far the file has got."""
 
 NOTE_AT_LAST = 1.0
+log = logging.getLogger("starlette_aigateway")
 
 
 class Waiter(Generic[Op, Result]):
@@ -107,12 +111,16 @@ class GroupCommit(Generic[Op, Result]):
 
     def _end_pass(self, loop: int) -> None:
         """In the loop."""
-        writer = self._writer
+        writer, waiters = self._writer, self._gathered.get(loop)
+        if not waiters:
+            return
         if writer is not None and self._store.quick:
-            waiters = self._gathered.get(loop)
-            if waiters is None or writer.at_once(waiters):
-                self._gathered.pop(loop, None)
-                return
+            match writer.at_once(waiters, Again(waiters[0].wakeup, lambda: self._end_pass(loop), lambda: self._submit(loop))):
+                case AtOnce.LATER:
+                    return
+                case AtOnce.DONE:
+                    del self._gathered[loop]
+                    return
         self._submit(loop)
 
     def _submit(self, loop: int) -> None:
@@ -134,28 +142,76 @@ class GroupCommit(Generic[Op, Result]):
             writer.forget()
 
 
+class Again(NamedTuple):
+    """What goes on when a batch is over: `begin`, in the event loop of `wakeup`; `closed` where that one is."""
+
+    wakeup: Wakeup
+    begin: Callable[[], None]
+    closed: Callable[[], None]
+
+
+def begin_again(those: Sequence[Again]) -> None:
+    for one in those:
+        try:
+            one.wakeup.schedule(one.begin)
+        except RuntimeError:
+            log.debug("the event loop of a batch is closed")
+            one.closed()
+
+
+class AtOnce(Enum):
+    """What became of a batch that an event loop wanted to carry out itself: done; to be asked again when the one that runs is over; or it
+    is the thread's, which something has to be waited for by."""
+
+    DONE = auto()
+    LATER = auto()
+    THREAD = auto()
+
+
+class Stage(Enum):
+    """Where the one batch is that is under way: nowhere; with the thread, which takes whatever comes along until it has the lock; or past
+    that, on either thread."""
+
+    IDLE = auto()
+    OPEN = auto()
+    CLOSED = auto()
+
+
+class Committed(NamedTuple, Generic[Op, Result]):
+    """A batch that lasts once it is synced."""
+
+    batch: Sequence[Waiter[Op, Result]]
+    outcomes: Sequence[Result | BaseException]
+
+
 class Writer(Generic[Op, Result]):
     """The thread and its queue; whoever has the `_turn` may use its transactions. None in the queue ends it."""
 
     def __init__(self, store: StoreFile[Op, Result]) -> None:
         self._transactions = Transactions(store)
+        self._lasts_at_once = store.write_ahead_log is None
         self._turn = threading.Lock()
-        self._queue: SimpleQueue[list[Waiter[Op, Result]] | None] = SimpleQueue()
-        self._given = 0
-        self._done = 0
+        self._queue: SimpleQueue[list[Waiter[Op, Result]] | Committed[Op, Result] | None] = SimpleQueue()
+        self._guard = threading.Lock()
+        self._stage = Stage.IDLE
+        self._again: dict[int, Again] = {}
         self._unnoted_since: float | None = None
         self._resting_until = 0.0
-        self._stopped = False
+        self._stopping = self._stopped = False
         self._thread = threading.Thread(target=self._work, name=f"aigateway-{store.name}", daemon=True)
         self._thread.start()
 
     def put(self, waiters: list[Waiter[Op, Result]]) -> None:
-        """Not by two threads at a time."""
-        self._given += len(waiters)
-        self._queue.put(waiters)
+        with self._guard:
+            if self._stage is Stage.IDLE:
+                self._stage = Stage.OPEN
+            self._queue.put(waiters)
 
     def stop(self) -> None:
-        self._queue.put(None)
+        """Ends the thread after what is in the queue, and after the batch that an event loop is just carrying out."""
+        with self._guard:
+            self._stopping = True
+            self._queue.put(None)
 
     def join(self) -> None:
         self._thread.join()
@@ -163,61 +219,103 @@ class Writer(Generic[Op, Result]):
     def forget(self) -> None:
         self._transactions.lock.close()
 
-    def at_once(self, waiters: Sequence[Waiter[Op, Result]]) -> bool:
-        """Carries them out on the thread of their event loop, which is woken, or says that they are the thread's: what was asked for before
-        is still with it, they are many, or something would have to be waited for."""
+    def at_once(self, waiters: Sequence[Waiter[Op, Result]], again: Again) -> AtOnce:
+        """Carries them out on the thread of their event loop, if nothing is under way, they are few and nothing has to be waited for."""
         began = time.monotonic()
-        if self._given != self._done or len(waiters) > MAX_AT_ONCE or began < self._resting_until:
-            return False
-        if not self._turn.acquire(blocking=False):
-            return False
-        try:
-            outcomes = self._outcomes_at_once(waiters)
-        finally:
-            self._turn.release()
+        with self._guard:
+            if self._stage is Stage.CLOSED:
+                self._again[id(again.wakeup.loop)] = again
+                return AtOnce.LATER
+            if self._stage is Stage.OPEN or self._stopping or len(waiters) > MAX_AT_ONCE or began < self._resting_until:
+                return AtOnce.THREAD
+            self._stage = Stage.CLOSED
+            if not self._lasts_at_once:
+                self._again[id(again.wakeup.loop)] = again
+        outcomes = self._outcomes_at_once(waiters)
         ended = time.monotonic()
         if ended - began > SLOW:
             self._resting_until = ended + REST
         if outcomes is None:
-            return False
-        deliver(waiters, outcomes)
-        for waiter in waiters:
-            waiter.wakeup.ring()
-        return True
+            begin_again(self._over())
+            return AtOnce.THREAD
+        if self._lasts_at_once:
+            deliver(waiters, outcomes)
+            for waiter in waiters:
+                waiter.wakeup.ring()
+            begin_again(self._over())
+        else:
+            self._queue.put(Committed(waiters, outcomes))
+        return AtOnce.DONE
 
     def _outcomes_at_once(self, waiters: Sequence[Waiter[Op, Result]]) -> Sequence[Result | BaseException] | None:
+        """None: something would have to be waited for, the house that the thread keeps perhaps."""
+        if not self._turn.acquire(blocking=False):
+            return None
         try:
             return self._transactions.at_once([waiter.op for waiter in waiters])
         except Exception as error:  # noqa: BLE001  # as below
             return self._transactions.fail(error, len(waiters))
+        finally:
+            self._turn.release()
+
+    def _over(self) -> Sequence[Again]:
+        """The batch that was under way is, on either thread: the next one is that of the queue, or of whoever comes. Gives those who asked
+        meanwhile."""
+        with self._guard:
+            self._stage = Stage.OPEN if self._queue.qsize() else Stage.IDLE
+            again, self._again = self._again, {}
+            if self._stopping:
+                self._queue.put(None)
+        return list(again.values())
 
     def _work(self) -> None:
         try:
-            while (batch := self._next()) is not None:
-                with self._turn:
-                    outcomes = self._outcomes(batch)
-                deliver(batch, outcomes)
-                self._done += len(batch)
-                ring_all([waiter.wakeup for waiter in batch if waiter.failed is None])
-                if self._stopped:
-                    return
+            while not (self._stopped and self._stage is not Stage.CLOSED):
+                match self._next():
+                    case None:
+                        self._stopped = True
+                    case Committed(batch, outcomes):
+                        self._finish(batch, outcomes)
+                    case batch:
+                        with self._turn:
+                            outcomes = self._outcomes(batch)
+                        self._finish(batch, outcomes)
         finally:
             with self._turn:
                 self._transactions.note()
                 self._transactions.close()
 
+    def _finish(self, batch: Sequence[Waiter[Op, Result]], outcomes: Sequence[Result | BaseException]) -> None:
+        deliver(batch, self._synced(outcomes))
+        full = self._transactions.full
+        again = () if full else self._over()
+        ring_all([waiter.wakeup for waiter in batch if waiter.failed is None])
+        if full:
+            with self._turn:
+                self._transactions.checkpoint()
+            again = self._over()
+        begin_again(again)
+        if self._unnoted_since is None and not self._transactions.noted:
+            self._unnoted_since = time.monotonic()
+
     def _outcomes(self, batch: list[Waiter[Op, Result]]) -> Sequence[Result | BaseException]:
         """Of `batch` and all that came while the lock was awaited, which it appends."""
         try:
-            outcomes = self._transactions.turn(lambda: self._take(batch))
+            return self._transactions.turn(lambda: self._take(batch))
         except Exception as error:  # noqa: BLE001  # the thread must outlive any fault; every waiter is told
             self._take(batch)
             return self._transactions.fail(error, len(batch))
-        if self._unnoted_since is None and not self._transactions.noted:
-            self._unnoted_since = time.monotonic()
+
+    def _synced(self, outcomes: Sequence[Result | BaseException]) -> Sequence[Result | BaseException]:
+        """The same, once they last. Nobody is told of what may not: whoever asked has to find out."""
+        try:
+            self._transactions.sync()
+        except Exception as error:  # noqa: BLE001  # as above
+            with self._turn:
+                return self._transactions.fail(error, len(outcomes))
         return outcomes
 
-    def _next(self) -> list[Waiter[Op, Result]] | None:
+    def _next(self) -> list[Waiter[Op, Result]] | Committed[Op, Result] | None:
         """The next batch. While none comes there is time to note how far the file has got; in the end it is taken."""
         if self._unnoted_since is not None:
             if time.monotonic() - self._unnoted_since >= NOTE_AT_LAST:
@@ -229,15 +327,19 @@ class Writer(Generic[Op, Result]):
         return self._queue.get()
 
     def _note(self) -> None:
-        self._transactions.note()
+        with self._turn:
+            self._transactions.note()
         self._unnoted_since = None
 
     def _take(self, batch: list[Waiter[Op, Result]]) -> Sequence[Op]:
+        with self._guard:
+            self._stage = Stage.CLOSED
         while len(batch) < MAX_BATCH and self._queue.qsize():
             waiters = self._queue.get()
             if waiters is None:
                 self._stopped = True
                 break
+            assert not isinstance(waiters, Committed), "nothing is committed while a batch is with the thread"
             batch.extend(waiters)
         return [waiter.op for waiter in batch]
 

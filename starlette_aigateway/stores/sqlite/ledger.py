@@ -61,6 +61,7 @@ from .ledger_writer import BatchWriter
 from .readers import Readers
 from .transactions import StoreFile
 from .witness import Witness
+from .write_ahead_log import WriteAheadLog
 
 OTHERS_SHARE = 4.0
 LONGEST_REST = 0.25
@@ -79,7 +80,7 @@ class SQLiteLedger:
     """The `Ledger` seam over the file `path`, whose directory exists; `path` + `.lock` lies beside it.
 
     Opens nothing before its first use, and opens anew in a forked child. Entering it opens the file and writes to it, so that a host
-    learns at start what is wrong. `durability` is SQLite's `synchronous`: with `FULL` a grant survives a power cut. `timeout` is the
+    learns at start what is wrong. `durability` is as SQLite's `synchronous`: with `FULL` a grant survives a power cut. `timeout` is the
     longest wait in seconds for other processes. `thresholds` are the percents of a cap that listeners are told of. Verbs raise
     `StorageUnavailable` where the file cannot be written or read.
 
@@ -90,7 +91,7 @@ class SQLiteLedger:
         self, path: Path, *, durability: Durability = "FULL", timeout: float = 5.0, thresholds: Sequence[int] = THRESHOLDS
     ) -> None:
         self._path = Path(path)
-        self._durability: Durability = durability
+        self._synchronous: Durability = "NORMAL" if durability == "FULL" else durability  # what makes it full is the writer's to sync
         self._timeout = timeout
         self._prices = Prices()
         self._writer = BatchWriter(self._prices, check_thresholds(thresholds))
@@ -104,6 +105,8 @@ class SQLiteLedger:
                 timeout=timeout,
                 witness=self._witness,
                 committed=self._writer.committed,
+                quick=True,
+                write_ahead_log=WriteAheadLog(self._path) if durability == "FULL" else None,
             )
         )
         self._readers = Readers(self._connect, "ledger")
@@ -111,7 +114,7 @@ class SQLiteLedger:
 
     def _connect(self) -> sqlite3.Connection:
         return self._witness.open(
-            lambda: connect(self._path, durability=self._durability, schema=SCHEMA, busy_timeout=self._timeout, remedy=REMEDY)
+            lambda: connect(self._path, durability=self._synchronous, schema=SCHEMA, busy_timeout=self._timeout, remedy=REMEDY)
         )
 
     async def __aenter__(self) -> Self:

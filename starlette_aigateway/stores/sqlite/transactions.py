@@ -6,6 +6,7 @@ import logging
 import sqlite3
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from ...errors import AIGatewayError, StorageUnavailable
 from .commit_mark import CommitMark
 from .lock_file import LockFile
 from .witness import Identity, Witness
+from .write_ahead_log import WriteAheadLog
 
 Op = TypeVar("Op")
 Result = TypeVar("Result")
@@ -23,13 +25,20 @@ Apply = Callable[[sqlite3.Connection, Sequence[Op]], Sequence[Result | AIGateway
 """Carries out a batch inside an open transaction: one result or one domain error for each operation, in order. It must not raise
 for a single operation; what it raises rolls back the whole batch. It may be called again for an operation that was rolled back."""
 
+CHECKPOINT_PAGES = 1000
+"""As SQLite's own `wal_autocheckpoint`."""
+
+PAGES_OF_A_BATCH = 10
+"""That a transaction writes to the log, besides about one for each operation."""
+
 log = logging.getLogger("starlette_aigateway")
 
 
 @dataclass(frozen=True, kw_only=True)
 class StoreFile(Generic[Op, Result]):
     """What a file is written with. With a `witness`, it has to be the file that was opened. Commits are told to `mark`; `committed` is
-    called after each transaction that went well. What is `quick` waits for no disk: it may be written on an event loop."""
+    called after each transaction that went well. What is `quick` waits for no disk: it may be written on an event loop. With a
+    `write_ahead_log` that is so of a file whose commits last, too: they do once `Transactions.sync` has returned."""
 
     connect: Callable[[], sqlite3.Connection]
     apply: Apply[Op, Result]
@@ -40,6 +49,7 @@ class StoreFile(Generic[Op, Result]):
     mark: CommitMark | None = None
     committed: Callable[[], object] | None = None
     quick: bool = False
+    write_ahead_log: WriteAheadLog | None = None
 
 
 class Transactions(Generic[Op, Result]):
@@ -52,11 +62,15 @@ class Transactions(Generic[Op, Result]):
         self._identity: Identity = None
         self.noted = True
         """Whether the witness knows how far the file has got."""
+        self._pages = 0
+        self._unsynced = False
 
     def turn(self, take: Callable[[], Sequence[Op]]) -> Sequence[Result | BaseException]:
         """Waits for the lock, and commits what there is to `take` by then. Raises what keeps all of it from being written."""
         store, connection = self._store, self._open()
         with self.lock:
+            if store.write_ahead_log is not None and store.write_ahead_log.doubtful:
+                store.write_ahead_log.write_back(connection)
             outcomes = self._patiently(connection, take())
         if store.mark is not None:
             store.mark.wait()
@@ -65,16 +79,47 @@ class Transactions(Generic[Op, Result]):
 
     def at_once(self, ops: Sequence[Op]) -> Sequence[Result | BaseException] | None:
         """Commits `ops` without any wait; None where that cannot be, and nothing was done. Raises as `turn`."""
-        if self._connection is None or not self.lock.enter_at_once():
+        if self._connection is None or not self._sound or not self.lock.enter_at_once():
             return None
         try:
-            return self._commit_or_isolate(self._connection, ops)
+            outcomes = self._commit_or_isolate(self._connection, ops)
         except sqlite3.OperationalError as error:
             if is_busy(error):
                 return None
             raise
         finally:
             self.lock.leave()
+        self.noted = self._store.witness is None
+        return outcomes
+
+    @property
+    def _sound(self) -> bool:
+        """Whether it is still the file that was opened, and all that was committed to it lasts or will at the next sync."""
+        witness, write_ahead_log = self._store.witness, self._store.write_ahead_log
+        if write_ahead_log is not None and write_ahead_log.doubtful:
+            return False
+        return witness is None or witness.identity() == self._identity
+
+    def sync(self) -> None:
+        """Returns when everything lasts that was committed before. Needs neither the lock nor the connection. Raises what `fail` is to be
+        told."""
+        write_ahead_log = self._store.write_ahead_log
+        if write_ahead_log is not None and (self._unsynced or write_ahead_log.doubtful):
+            self._unsynced = False
+            write_ahead_log.sync()
+
+    @property
+    def full(self) -> bool:
+        """Whether there are many pages in a log that commits do not empty themselves."""
+        return self._pages >= CHECKPOINT_PAGES and self._store.write_ahead_log is not None
+
+    def checkpoint(self) -> None:
+        """Moves the pages from the log into the database, as far as nobody reads the older ones. What fails here fails at a commit, too, or
+        is done the next time."""
+        self._pages = 0
+        if self._connection is not None:
+            with suppress(sqlite3.Error):
+                self._connection.execute("PRAGMA wal_checkpoint(PASSIVE)")
 
     def fail(self, error: Exception, count: int) -> Sequence[Result | BaseException]:
         """What `count` waiters are told of a turn that raised. The next one opens everything anew."""
@@ -84,13 +129,16 @@ class Transactions(Generic[Op, Result]):
 
     def note(self) -> None:
         if self._store.witness is not None and self._connection is not None and not self.noted:
-            self._store.witness.note(self._connection)
+            self._store.witness.note(self._connection, self.sync)
         self.noted = True
 
     def close(self) -> None:
         """The lock file may be another one by now as well."""
         self.noted = True
+        self._unsynced = False
         self.lock.close()
+        if self._store.write_ahead_log is not None:
+            self._store.write_ahead_log.close()
         if self._connection is not None:
             self._connection.close()
             self._connection = None
@@ -104,6 +152,9 @@ class Transactions(Generic[Op, Result]):
                 mark.open()
             if self._store.quick:
                 self._connection.execute("PRAGMA busy_timeout=0")
+            if self._store.write_ahead_log is not None:
+                self._store.write_ahead_log.open()
+                self._connection.execute("PRAGMA wal_autocheckpoint=0")  # it waits for the disk
         elif witness is not None and witness.identity() != self._identity:
             raise StorageUnavailable(
                 f"the file of the {self._store.name} store was removed or replaced while it was in use", retry_after=1.0
@@ -152,6 +203,8 @@ class Transactions(Generic[Op, Result]):
             if connection.in_transaction:
                 connection.execute("ROLLBACK")
             raise
+        self._pages += PAGES_OF_A_BATCH + len(ops)
+        self._unsynced = True
         if store.committed is not None:
             store.committed()
         return outcomes

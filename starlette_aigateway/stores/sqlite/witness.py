@@ -79,10 +79,12 @@ class Witness:
         self._opened = True
         return connection
 
-    def note(self, connection: sqlite3.Connection) -> None:
-        """Keeps how far the database has got. A number that is too low, another process's or an unwritten one, only notices less."""
-        with suppress(OSError, sqlite3.Error):
+    def note(self, connection: sqlite3.Connection, sync: Callable[[], None]) -> None:
+        """Keeps how far the database has got, once `sync` has made that last. A number that is too low, another process's or an unwritten
+        one, only notices less."""
+        with suppress(OSError, StorageUnavailable, sqlite3.Error):
             reached = self._reached(connection)
+            sync()
             with self.lock_file.open("r+b", buffering=0) as file:
                 file.write(reached.to_bytes(NUMBER_BYTES, "big"))
 
