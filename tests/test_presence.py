@@ -1,18 +1,20 @@
 """Whoever makes an answer is stopped when its client leaves, or takes nothing more, and by nothing else."""
 
+import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable
 
 import anyio
 import pytest
-from starlette.types import Message
+from starlette.types import Message, Receive
 
 from starlette_aigateway.http.bodies import ClientLeft
 from starlette_aigateway.http.pace import Pace
-from starlette_aigateway.http.presence import A_MOMENT, present, while_present
+from starlette_aigateway.http.presence import A_MOMENT, present, while_present, while_taken
 
 pytestmark = pytest.mark.anyio
+Watched = Callable[[Receive, Callable[[], Awaitable[str]]], Awaitable[str]]
 
 
 class Client:
@@ -45,28 +47,44 @@ async def forever() -> str:
     raise AssertionError
 
 
-async def test_what_the_work_brings_is_given_back_and_nobody_listens_any_longer() -> None:
+def patient() -> Pace:
+    async def send(message: Message) -> None: ...
+
+    return Pace(send, 60)
+
+
+async def while_taken_anyhow(receive: Receive, work: Callable[[], Awaitable[str]]) -> str:
+    return await while_taken(receive, lambda safe: work(), patient())
+
+
+@pytest.fixture(params=[while_present, while_taken_anyhow], ids=["whole", "stream"])
+def watched(request: pytest.FixtureRequest) -> Watched:
+    """Work while its client is there, of which the answer is whole or a stream."""
+    return request.param  # type: ignore[no-any-return]
+
+
+async def test_what_the_work_brings_is_given_back_and_nobody_listens_any_longer(watched: Watched) -> None:
     client = Client()
 
     async def answer() -> str:
         return "an answer"
 
     with anyio.fail_after(5):
-        assert await while_present(client.receive, until(client, answer)) == "an answer"
+        assert await watched(client.receive, until(client, answer)) == "an answer"
         await client.let_go.wait()
 
 
-async def test_what_the_work_raises_comes_as_it_is() -> None:
+async def test_what_the_work_raises_comes_as_it_is(watched: Watched) -> None:
     client = Client()
 
     async def fail() -> str:
         raise ValueError("its own")
 
     with anyio.fail_after(5), pytest.raises(ValueError, match="its own"):
-        await while_present(client.receive, until(client, fail))
+        await watched(client.receive, until(client, fail))
 
 
-async def test_when_the_client_leaves_the_work_is_cancelled() -> None:
+async def test_when_the_client_leaves_the_work_is_cancelled(watched: Watched) -> None:
     client = Client()
 
     async def leave() -> str:
@@ -74,7 +92,7 @@ async def test_when_the_client_leaves_the_work_is_cancelled() -> None:
         return await forever()
 
     with anyio.fail_after(5), pytest.raises(ClientLeft):
-        await while_present(client.receive, until(client, leave))
+        await watched(client.receive, until(client, leave))
 
 
 async def test_work_that_is_shielded_is_ended_first() -> None:
@@ -94,7 +112,61 @@ async def test_work_that_is_shielded_is_ended_first() -> None:
     assert steps == ["settled"]
 
 
-async def test_who_is_cancelled_from_outside_has_not_been_left() -> None:
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_what_a_stream_does_once_it_is_safe_is_not_cut_off() -> None:
+    client = Client()
+
+    async def settle(safe: Callable[[], None]) -> str:
+        await client.asked.wait()
+        safe()
+        client.left.set()
+        await anyio.wait_all_tasks_blocked()
+        return "settled"
+
+    with anyio.fail_after(5):
+        assert await while_taken(client.receive, settle, patient()) == "settled"
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_what_a_stream_ends_with_when_its_client_leaves_is_not_cut_off() -> None:
+    client = Client()
+    steps: list[str] = []
+
+    async def leave(safe: Callable[[], None]) -> str:
+        await client.asked.wait()
+        try:
+            client.left.set()
+            return await forever()
+        finally:
+            await anyio.wait_all_tasks_blocked()
+            steps.append("settled")
+
+    with anyio.fail_after(5), pytest.raises(ClientLeft):
+        await while_taken(client.receive, leave, patient())
+    assert steps == ["settled"]
+    task = asyncio.current_task()
+    assert task is not None
+    assert not task.cancelling()
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_a_task_that_is_cancelled_while_its_client_leaves_is_cancelled() -> None:
+    client = Client()
+
+    async def both(safe: Callable[[], None]) -> str:
+        await client.asked.wait()
+        try:
+            client.left.set()
+            return await forever()
+        finally:
+            task.cancel()
+
+    task = asyncio.create_task(while_taken(client.receive, both, patient()))
+    with anyio.fail_after(5), pytest.raises(asyncio.CancelledError):
+        await task
+
+
+async def test_who_is_cancelled_from_outside_has_not_been_left(watched: Watched) -> None:
     client = Client()
     with anyio.CancelScope() as scope:
 
@@ -102,16 +174,16 @@ async def test_who_is_cancelled_from_outside_has_not_been_left() -> None:
             scope.cancel()
             return await forever()
 
-        await while_present(client.receive, until(client, cancelled))
+        await watched(client.receive, until(client, cancelled))
     assert scope.cancelled_caught
 
 
-async def test_a_server_that_cannot_tell_is_no_reason_to_go_on() -> None:
+async def test_a_server_that_cannot_tell_is_no_reason_to_go_on(watched: Watched) -> None:
     async def receive() -> Message:
         raise RuntimeError("no such thing here")
 
     with anyio.fail_after(5), pytest.raises((RuntimeError, ExceptionGroup)) as caught:
-        await while_present(receive, forever)
+        await watched(receive, forever)
     told = caught.value
     assert "no such thing here" in str(told.exceptions[0] if isinstance(told, ExceptionGroup) else told)
 
@@ -129,7 +201,7 @@ async def test_a_client_that_takes_nothing_is_let_go(caplog: pytest.LogCaptureFi
         raise AssertionError("nobody takes it")
 
     with anyio.fail_after(5), pytest.raises(ClientLeft), caplog.at_level(logging.INFO, "starlette_aigateway"):
-        await while_present(client.receive, work, pace)
+        await while_taken(client.receive, lambda safe: work(), pace)
     assert "took nothing of its stream for 0.05 seconds" in caplog.text
 
 
@@ -147,7 +219,7 @@ async def test_a_client_that_takes_what_it_is_sent_may_wait_for_more_as_long_as_
         return "an answer"
 
     with anyio.fail_after(5):
-        assert await while_present(client.receive, work, pace) == "an answer"
+        assert await while_taken(client.receive, lambda safe: work(), pace) == "an answer"
 
 
 async def test_a_moment_for_which_the_process_did_not_run_says_nothing() -> None:

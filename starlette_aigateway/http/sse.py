@@ -21,7 +21,7 @@ from . import shapes
 from .bodies import ClientLeft
 from .errors import error_object, error_response, window_headers
 from .pace import Pace
-from .presence import while_present
+from .presence import while_taken
 from .replies import Header, as_text
 
 Dialect = Literal["openai", "native"]
@@ -124,7 +124,7 @@ class EventStreamResponse(Response):
         of the stream, which settles it. What is left unended the server closes."""
         pace = Pace(send, self._patience)
         try:
-            refusal = await while_present(receive, lambda: self._serve(pace.send), pace)
+            refusal = await while_taken(receive, lambda safe: self._serve(pace.send, safe), pace)
         except ClientLeft:
             refusal = None
         if refusal is not None:
@@ -132,14 +132,17 @@ class EventStreamResponse(Response):
         if self.background is not None:
             await self.background()
 
-    async def _serve(self, send: Send) -> Response | None:
-        """What is answered instead, where the call is refused before the stream has begun."""
+    async def _serve(self, send: Send, safe: Callable[[], None]) -> Response | None:
+        """What is answered instead, where the call is refused before the stream has begun. Leaving the block is `safe`: it settles."""
         begun = False
         try:
             async with self._open_stream() as stream:
                 begun = True
                 self.stream = stream
-                await self._write(stream, send)
+                try:
+                    await self._write(stream, send)
+                finally:
+                    safe()
         except AIGatewayError as error:
             if begun:
                 raise
