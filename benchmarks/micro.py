@@ -140,7 +140,7 @@ def policy() -> Benchmarks:
         "policy: unbounded_parameters": lambda: list(openai_chat.unbounded_parameters(whole)),
         "policy: cost": lambda: pricing.cost(USAGE, PRICE),
         "policy: windows of requests and tokens": two_windows,
-        "policy: demand of a window": lambda: windows.demand_of(claim),
+        "policy: which window a claim names": lambda: windows.window_of(claim.scope, claim.kind, claim.seconds),
         "policy: grant in two scopes": lambda: budgets.grant(asked, books, periods, NOW),
         "policy: metering of an answer": metered,
     }

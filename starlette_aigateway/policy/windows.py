@@ -32,12 +32,12 @@ __all__ = [
     "WindowKind",
     "WindowState",
     "check_fits",
-    "demand_of",
     "exceeded",
     "in_seconds",
     "microseconds",
     "moving_wait",
     "too_large",
+    "window_of",
 ]
 
 MICROSECONDS = 1_000_000
@@ -58,7 +58,7 @@ class Window(NamedTuple):
         return self.seconds * MICROSECONDS
 
 
-class Demand(NamedTuple):
+class Demand(Struct, frozen=True, gc=False):
     """What an acquisition asks of one window."""
 
     window: Window
@@ -66,7 +66,7 @@ class Demand(NamedTuple):
     amount: int
 
 
-class Usage(NamedTuple):
+class Usage(Struct, frozen=True, gc=False):
     """`remaining` may go in now; after `reset` microseconds the window is as good as unused."""
 
     remaining: int
@@ -82,7 +82,7 @@ class Refusal(Struct, frozen=True):
     states: Sequence[WindowState]
 
 
-class Moving(NamedTuple):
+class Moving(Struct, frozen=True, gc=False):
     """An exact window at one moment: `total` was ever let in, the first `expired` of it left the window, the last came at `last_at`."""
 
     total: int = 0
@@ -94,14 +94,15 @@ class Moving(NamedTuple):
         return self.total + amount - limit
 
     def admits(self, limit: int, amount: int) -> bool:
-        return self.need(limit, amount) <= self.expired
+        return self.total + amount - limit <= self.expired  # as `need`
 
     def hit(self, amount: int, now: int) -> Moving:
         return Moving(self.total + amount, self.expired, now)
 
     def usage(self, limit: int, now: int, span: int) -> Usage:
         used = self.total - self.expired
-        return Usage(max(0, limit - used), moving_wait(self.last_at, now, span) if used else 0)
+        remaining = limit - used
+        return Usage(remaining if remaining > 0 else 0, moving_wait(self.last_at, now, span) if used else 0)
 
 
 def moving_wait(at: int, now: int, span: int) -> int:
@@ -109,7 +110,7 @@ def moving_wait(at: int, now: int, span: int) -> int:
     return max(0, at + span - now)
 
 
-class Sliding(NamedTuple):
+class Sliding(Struct, frozen=True, gc=False):
     """A counter of one bucket, by its number (bucket n is [n * span, (n + 1) * span)) and of the one before it."""
 
     current: int = 0
@@ -150,10 +151,11 @@ class Sliding(NamedTuple):
         return self
 
     def usage(self, limit: int, now: int, span: int) -> Usage:
-        return Usage(max(0, limit - self.used(now, span)), self.wait(0, now, span))
+        remaining = limit - self.used(now, span)
+        return Usage(remaining if remaining > 0 else 0, self.wait(0, now, span))
 
 
-class Fixed(NamedTuple):
+class Fixed(Struct, frozen=True, gc=False):
     """A plain counter that begins anew when it expires; for the fixed windows of `limits`."""
 
     value: int = 0
@@ -180,12 +182,8 @@ def in_seconds(span: int) -> float:
     return span / MICROSECONDS
 
 
-def demand_of(claim: WindowClaim) -> Demand:
-    return Demand(_window(claim.scope, claim.kind, claim.seconds), claim.limit, claim.amount)
-
-
 @lru_cache(maxsize=4096)
-def _window(scope: str, kind: WindowKind, seconds: int) -> Window:
+def window_of(scope: str, kind: WindowKind, seconds: int) -> Window:
     """Requests are counted exactly, tokens by the counter."""
     return Window(WindowClaim(scope, kind, 1, 1, seconds).key, "moving" if kind == "requests" else "sliding", seconds)
 

@@ -90,6 +90,7 @@ Row: TypeAlias = "tuple[str, Form, int, int, int, int]"
 Need: TypeAlias = "tuple[str, int, int]"
 """The moment of the first hit of a moving window (key, seconds) at which its running total reached the third."""
 
+UNUSED = Moving()
 _states = msgspec.json.Decoder(list[tuple[int, int, int, int]])
 _rows = msgspec.json.Decoder(list[tuple[str, Form, int, int, int, int]])
 _moments = msgspec.json.Decoder(list[int])
@@ -109,7 +110,7 @@ class Book:
         self._load(windows)
 
     def moving(self, window: Window) -> Moving:
-        return self._moving.get(window) or Moving()
+        return self._moving.get(window) or UNUSED
 
     def sliding(self, window: Window) -> Sliding:
         return self._sliding.get(window) or Sliding().at(self.now, window.span)
@@ -118,13 +119,13 @@ class Book:
         return self._fixed.get(window) or Fixed()
 
     def admits(self, demand: Demand) -> bool:
-        window, limit, amount = demand
+        window = demand.window
         if window.form == "moving":
-            return self.moving(window).admits(limit, amount)
-        return self.sliding(window).admits(limit, amount, self.now, window.span)
+            return self.moving(window).admits(demand.limit, demand.amount)
+        return self.sliding(window).admits(demand.limit, demand.amount, self.now, window.span)
 
     def hit(self, demand: Demand) -> None:
-        window, _, amount = demand
+        window, amount = demand.window, demand.amount
         if not amount:
             return
         self._changed.add(window)
@@ -135,10 +136,9 @@ class Book:
             self._sliding[window] = self.sliding(window).hit(amount)
 
     def usage(self, demand: Demand) -> Usage:
-        window, limit, _ = demand
-        if window.form == "moving":
-            return self.moving(window).usage(limit, self.now, window.span)
-        return self.sliding(window).usage(limit, self.now, window.span)
+        window = demand.window
+        state = self.moving(window) if window.form == "moving" else self.sliding(window)
+        return state.usage(demand.limit, self.now, window.span)
 
     def adjust(self, window: Window, delta: int, charged_at: int) -> None:
         self._changed.add(window)
@@ -181,17 +181,17 @@ class Book:
             return state
         self._changed.add(window)
         self._connection.execute(MEND, {"now": self.now, "key": window.key, "seconds": window.seconds, "past": state.expired})
-        return state._replace(last_at=self.now)
+        return Moving(state.total, state.expired, self.now)
 
     def _row(self, window: Window) -> tuple[str, Form, int, int, int, int, int]:
         if window.form == "moving":
-            total, past, mark = self._moving[window]
-            return (*window, total, past, mark, mark + window.span)
+            moving = self._moving[window]
+            return (*window, moving.total, moving.expired, moving.last_at, moving.last_at + window.span)
         if window.form == "sliding":
-            total, past, mark = self._sliding[window]
-            return (*window, total, past, mark, (mark + 2) * window.span)
-        total, mark = self._fixed[window]
-        return (*window, total, 0, mark, mark)
+            sliding = self._sliding[window]
+            return (*window, sliding.current, sliding.previous, sliding.bucket, (sliding.bucket + 2) * window.span)
+        fixed = self._fixed[window]
+        return (*window, fixed.value, 0, fixed.expires_at, fixed.expires_at)
 
 
 class Sweeper:

@@ -11,15 +11,17 @@ import sqlite3
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import lru_cache
 from itertools import groupby
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias, cast
 from urllib.parse import unquote, urlsplit
 
 import anyio
 from anyio.to_thread import run_sync
 from limits.aio.storage import MovingWindowSupport, SlidingWindowCounterSupport, Storage
+from msgspec import Struct
 
 from ...errors import ConfigurationError, InvalidArgument, StorageUnavailable
 from ...policy.windows import (
@@ -30,11 +32,12 @@ from ...policy.windows import (
     Usage,
     Window,
     WindowClaim,
+    WindowKind,
     WindowState,
-    demand_of,
     in_seconds,
     microseconds,
     moving_wait,
+    window_of,
 )
 from ...protocols import Clock
 from ...types import MAX_WINDOW
@@ -53,7 +56,7 @@ LONGEST_SECONDS = 10**9
 Figures: TypeAlias = "tuple[float, ...]"
 
 
-class Verdict(NamedTuple):
+class Verdict(Struct, frozen=True):
     """`usages` are in the order of the demands. Of a refusal, `blocked` is the position of the one that waits longest, and `wait` its
     microseconds, None for ever."""
 
@@ -69,30 +72,30 @@ class Pending(NamedTuple):
     finish: Callable[[Sequence[int]], Verdict | Figures]
 
 
-class Acquire(NamedTuple):
-    """Without `taking`, only tells: the usages are then those before it."""
+class Acquire(Struct, frozen=True):
+    """`windows` are those of the demands. Without `taking`, only tells: the usages are then those before it."""
 
     demands: Sequence[Demand]
+    windows: Sequence[Window]
     taking: bool = True
 
-    @property
-    def windows(self) -> Sequence[Window]:
-        return [demand.window for demand in self.demands]
-
     def apply(self, book: Book) -> Verdict | Pending:
-        blocked = [position for position, demand in enumerate(self.demands) if not book.admits(demand)]
-        if blocked:
-            return self._refuse(book, blocked)
-        for demand in self.demands if self.taking else ():
-            book.hit(demand)
-        return Verdict([book.usage(demand) for demand in self.demands])
+        demands = self.demands
+        for demand in demands:
+            if not book.admits(demand):
+                return self._refuse(book, [position for position, demand in enumerate(demands) if not book.admits(demand)])
+        if self.taking:
+            for demand in demands:
+                book.hit(demand)
+        return Verdict([book.usage(demand) for demand in demands])
 
     def _refuse(self, book: Book, blocked: Sequence[int]) -> Verdict | Pending:
         usages = [book.usage(demand) for demand in self.demands]
         waits: dict[int, int] = {}
         needs: dict[int, Need] = {}
         for position in blocked:
-            window, limit, amount = self.demands[position]
+            demand = self.demands[position]
+            window, limit, amount = demand.window, demand.limit, demand.amount
             if amount > limit:
                 return Verdict(usages, position, None)
             if window.form == "moving":
@@ -109,7 +112,7 @@ class Acquire(NamedTuple):
         return Pending(list(needs.values()), finish)
 
 
-class Peek(NamedTuple):
+class Peek(Struct, frozen=True):
     demands: Sequence[Demand]
 
     @property
@@ -120,7 +123,7 @@ class Peek(NamedTuple):
         return Verdict([book.usage(demand) for demand in self.demands])
 
 
-class Adjust(NamedTuple):
+class Adjust(Struct, frozen=True):
     """`charged_at` in microseconds; None is now."""
 
     windows: Sequence[Window]
@@ -199,6 +202,7 @@ class Ping(NamedTuple):
 BookOp: TypeAlias = Acquire | Peek | Adjust | Increment | Read
 DirectOp: TypeAlias = Erase | Ping
 Op: TypeAlias = BookOp | DirectOp
+DIRECT = (Erase, Ping)
 
 
 class SQLiteWindowStorage(Storage, MovingWindowSupport, SlidingWindowCounterSupport):
@@ -259,11 +263,11 @@ class SQLiteWindowStorage(Storage, MovingWindowSupport, SlidingWindowCounterSupp
 
     async def acquire_all(self, claims: Sequence[WindowClaim]) -> Sequence[WindowState] | Refusal:
         """Takes the windows of all claims in one transaction, or none of them. Raises `InvalidArgument` if two name the same window."""
-        return _outcome(claims, await self._judge(Acquire(_demands(claims))))
+        return _outcome(claims, await self._judge(_acquisition(claims)))
 
     async def probe(self, claims: Sequence[WindowClaim]) -> Sequence[WindowState] | Refusal:
         """As `acquire_all` would answer now; takes nothing, and tells the windows as they are."""
-        return _outcome(claims, await self._judge(Acquire(_demands(claims), taking=False)))
+        return _outcome(claims, await self._judge(_acquisition(claims, taking=False)))
 
     async def peek(self, claims: Sequence[WindowClaim]) -> Sequence[WindowState]:
         """The windows of the claims as they are; takes nothing."""
@@ -333,7 +337,7 @@ class SQLiteWindowStorage(Storage, MovingWindowSupport, SlidingWindowCounterSupp
         await self._commit.run(Erase(key, expiry))
 
     async def _acquire(self, demand: Demand) -> bool:
-        return (await self._judge(Acquire((_checked(demand),)))).blocked is None
+        return (await self._judge(Acquire((_checked(demand),), (demand.window,)))).blocked is None
 
     async def _judge(self, op: Acquire | Peek) -> Verdict:
         verdict = await self._commit.run(op)
@@ -348,11 +352,11 @@ class SQLiteWindowStorage(Storage, MovingWindowSupport, SlidingWindowCounterSupp
     def _apply(self, connection: sqlite3.Connection, ops: Sequence[Op]) -> Sequence[Verdict | Figures]:
         now = microseconds(self._clock())
         results: list[Verdict | Figures] = []
-        for direct, group in groupby(ops, key=lambda op: isinstance(op, Erase | Ping)):
+        for direct, group in groupby(ops, key=_is_direct):
             if direct:
                 results.extend(op.apply(connection) for op in group if isinstance(op, Erase | Ping))
             else:
-                results.extend(self._apply_to_book(connection, [op for op in group if not isinstance(op, Erase | Ping)], now))
+                results.extend(self._apply_to_book(connection, cast("list[BookOp]", [*group]), now))
         return results
 
     def _apply_to_book(self, connection: sqlite3.Connection, ops: Sequence[BookOp], now: int) -> Sequence[Verdict | Figures]:
@@ -398,6 +402,10 @@ class SQLiteWindowStorage(Storage, MovingWindowSupport, SlidingWindowCounterSupp
         return connection
 
 
+def _is_direct(op: Op) -> bool:
+    return isinstance(op, DIRECT)
+
+
 def _path_of(uri: str | None, path: Path | str | None) -> Path:
     """Four slashes begin an absolute path, three a relative one."""
     if path is not None:
@@ -409,18 +417,27 @@ def _path_of(uri: str | None, path: Path | str | None) -> Path:
 
 
 def _window(key: str, form: Form, seconds: int) -> Window:
-    return _checked(Demand(Window(key, form, seconds), 0, 0)).window
+    return _named(Window(key, form, seconds))
 
 
 def _checked(demand: Demand) -> Demand:
-    (key, _, seconds), _, amount = demand
-    if not key.isprintable():
-        raise InvalidArgument("the key of a window has to be printable", param="key")
-    if not 1 <= seconds <= LONGEST_SECONDS:
-        raise InvalidArgument(f"a window has to be 1 to {LONGEST_SECONDS} seconds long", param="seconds")
-    if not 0 <= amount <= MAX_WINDOW:
+    _named(demand.window)
+    if not 0 <= demand.amount <= MAX_WINDOW:
         raise InvalidArgument(f"an amount has to be between 0 and {MAX_WINDOW}", param="amount")
     return demand
+
+
+def _named(window: Window) -> Window:
+    if not window.key.isprintable():
+        raise InvalidArgument("the key of a window has to be printable", param="key")
+    if not 1 <= window.seconds <= LONGEST_SECONDS:
+        raise InvalidArgument(f"a window has to be 1 to {LONGEST_SECONDS} seconds long", param="seconds")
+    return window
+
+
+@lru_cache(maxsize=4096)
+def _claimed(scope: str, kind: WindowKind, seconds: int) -> Window:
+    return _named(window_of(scope, kind, seconds))
 
 
 def _fixed(key: str) -> Window:
@@ -429,14 +446,24 @@ def _fixed(key: str) -> Window:
 
 
 def _demands(claims: Sequence[WindowClaim]) -> Sequence[Demand]:
-    demands = [_checked(demand_of(claim)) for claim in claims]
-    if len({window for window, _, _ in demands}) != len(demands):
+    demands: list[Demand] = []
+    for claim in claims:
+        window = _claimed(claim.scope, claim.kind, claim.seconds)
+        if not 0 <= claim.amount <= MAX_WINDOW:
+            raise InvalidArgument(f"an amount has to be between 0 and {MAX_WINDOW}", param="amount")
+        demands.append(Demand(window, claim.limit, claim.amount))
+    if len(demands) > 1 and len({demand.window for demand in demands}) != len(demands):
         raise InvalidArgument("two claims name the same window", param="claims")
     return demands
 
 
+def _acquisition(claims: Sequence[WindowClaim], *, taking: bool = True) -> Acquire:
+    demands = _demands(claims)
+    return Acquire(demands, [demand.window for demand in demands], taking)
+
+
 def _adjustment(deltas: Sequence[tuple[WindowClaim, int]], charged_at: float | None) -> Adjust:
-    windows = [_window(*demand_of(claim).window) for claim, _ in deltas]
+    windows = [_claimed(claim.scope, claim.kind, claim.seconds) for claim, _ in deltas]
     if any(window.form != "sliding" for window in windows):
         raise InvalidArgument("only windows of tokens can be corrected", param="deltas")
     amounts = [max(-MAX_WINDOW, min(delta, MAX_WINDOW)) for _, delta in deltas]
@@ -451,4 +478,4 @@ def _outcome(claims: Sequence[WindowClaim], verdict: Verdict) -> Sequence[Window
 
 
 def _states(claims: Sequence[WindowClaim], verdict: Verdict) -> Sequence[WindowState]:
-    return tuple(WindowState(claim, remaining, in_seconds(reset)) for claim, (remaining, reset) in zip(claims, verdict.usages, strict=True))
+    return [WindowState(claim, usage.remaining, in_seconds(usage.reset)) for claim, usage in zip(claims, verdict.usages, strict=True)]
