@@ -42,7 +42,7 @@ from .policy.idempotency import KeptAnswer, Outcome
 from .quotes import Quotes
 from .repeats import Repeat, Repeats
 from .services import Services
-from .streams import AnswerStream, LiveStream, Relay, StoredStream
+from .streams import AnswerStream, LiveStream, Opened, Reading, Relay, StoredStream
 from .types import CallOptions, CompletionRequest, Principal, Usage
 from .wires import openai_chat
 
@@ -104,8 +104,9 @@ class Pipeline:
         self, principal: Principal, request: CompletionRequest, options: CallOptions, request_id: str
     ) -> AbstractAsyncContextManager[AnswerStream]:
         """An open stream, past its first content: what refuses the call, or fails at every provider, is raised before the block."""
-        open_stream = self._stream if options.idempotency_key is None else self._stream_once
-        return open_stream(principal, request, options, request_id)
+        if options.idempotency_key is not None:
+            return self._stream_once(principal, request, options, request_id)
+        return Opened(lambda: self._stream(principal, request, options, request_id))
 
     async def _answer(
         self,
@@ -123,34 +124,23 @@ class Pipeline:
             return await self._serve_stored(call, call.stored)
         return await self._fly(call, await self.admission.offer(call), job)
 
-    @asynccontextmanager
     async def _stream(
         self, principal: Principal, request: CompletionRequest, options: CallOptions, request_id: str
-    ) -> AsyncIterator[AnswerStream]:
-        with self._telling(principal, request, request_id):
+    ) -> tuple[AnswerStream, Reading | None]:
+        try:
             call = await self.admission.admit(principal, request, options, request_id, stream=True)
             stored = call.stored
             if stored is not None:
                 await self._record_free(call, stored.provider, stored.content.model, stored.usage)
-            else:
-                offer = await self.admission.offer(call)
-        if stored is not None:
-            yield self._stored_stream(call, stored)
-            return
-        relay = Relay(keep=self._s.cache.max_entry_bytes)
-
-        async def work(job: Job[Done]) -> Done:
-            return await self._attempt_stream(call, offer, job, relay)
-
-        async with self._s.background.start(work, self._limit(call.deadline)) as job:
-            try:
-                with self._telling(principal, request, request_id):
-                    await relay.opened.wait()
-                    if relay.closed:
-                        await job.result()
-                yield LiveStream(job, relay, call)
-            finally:
-                relay.channel.leave()
+                return self._stored_stream(call, stored), None
+            offer = await self.admission.offer(call)
+            relay = Relay(keep=self._s.cache.max_entry_bytes)
+            work = partial(self._attempt_stream, call, offer, relay)
+            reading = Reading(self._s.background.start(work, self._limit(call.deadline)), relay)
+            return LiveStream(await reading.__aenter__(), relay, call), reading
+        except AIGatewayError as error:
+            self._tell(error, principal, request, request_id)
+            raise
 
     # -- under an idempotency key ----------------------------------------------------------------------------------------
 
@@ -180,7 +170,7 @@ class Pipeline:
             if stored is not None:
                 await self._record_free(call, stored.provider, stored.content.model, stored.usage)
                 return self._stored_stream(call, stored)
-            return await self._attempt_stream(call, await self.admission.offer(call), job, relay)
+            return await self._attempt_stream(call, await self.admission.offer(call), relay, job)
 
         def kept(result: Done | StoredStream) -> Outcome:
             return kept_hit(result) if isinstance(result, StoredStream) else kept_live(admitted[0], result, relay)
@@ -310,7 +300,7 @@ class Pipeline:
                 self._flights.land(flight, shared if shared is not None and _shareable(shared) else None)
         return done
 
-    async def _attempt_stream(self, call: Call, offer: Offer, job: Job[Done], relay: Relay) -> Done:
+    async def _attempt_stream(self, call: Call, offer: Offer, relay: Relay, job: Job[Done]) -> Done:
         try:
             done = await self._attempts.stream(call, offer, job, relay)
         except AIGatewayError as error:

@@ -7,8 +7,10 @@ bounds, so that the bill is exact; it only stops passing on.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager
 from decimal import Decimal
+from types import TracebackType
 from typing import Self
 
 from . import money
@@ -235,6 +237,45 @@ class LiveStream(AnswerStream):
         self.cost_usd = money.dollars(done.cost)
         self.finish_reason = meter.finish_reason
         self.model = meter.model
+
+
+class Reading(AbstractAsyncContextManager[Job[Done]]):
+    """The block of a job whose stream is read within; it is entered once the stream has been opened. Its reader leaves with the block."""
+
+    def __init__(self, block: AbstractAsyncContextManager[Job[Done]], relay: Relay) -> None:
+        self._block = block
+        self._relay = relay
+
+    async def __aenter__(self) -> Job[Done]:
+        job = await self._block.__aenter__()
+        try:
+            await self._relay.opened.wait()
+            if self._relay.closed:
+                await job.result()
+        except BaseException as error:
+            await self.__aexit__(type(error), error, error.__traceback__)
+            raise
+        return job
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._relay.channel.leave()
+        await self._block.__aexit__(kind, error, trace)
+
+
+class Opened(AbstractAsyncContextManager[AnswerStream]):
+    """What `opening` brings, and the block that is left with it. A generator costs three times as much."""
+
+    def __init__(self, opening: Callable[[], Awaitable[tuple[AnswerStream, Reading | None]]]) -> None:
+        self._opening = opening
+        self._reading: Reading | None = None
+
+    async def __aenter__(self) -> AnswerStream:
+        stream, self._reading = await self._opening()
+        return stream
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._reading is not None:
+            await self._reading.__aexit__(kind, error, trace)
 
 
 class StoredStream(AnswerStream):
