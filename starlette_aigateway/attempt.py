@@ -146,7 +146,7 @@ class Attempt:
 
 class Pulse:
     """Keeps a running stream alive: its lease, renewed when a third of it has passed, and the deadline of its silence. Looked at for
-    every chunk, so it does something once a second at the most."""
+    every chunk, so it does something once a second at the most: from `due_at` on, by the monotonic clock."""
 
     def __init__(self, ledger: Ledger, clock: Clock, attempt: Attempt, timeouts: Timeouts) -> None:
         self._ledger = ledger
@@ -155,14 +155,12 @@ class Pulse:
         self._patience = timeouts.storage
         self._length = length = lease(attempt.call, attempt.priced, timeouts)
         self.interval = min(1.0, length / 3, attempt.timeout / 4)
-        self._beat = self._renewed = monotonic()
-
-    @property
-    def due(self) -> bool:
-        return monotonic() - self._beat >= self.interval
+        self._renewed = monotonic()
+        self.due_at = self._renewed + self.interval
 
     async def beat(self) -> None:
-        self._beat = now = monotonic()
+        now = monotonic()
+        self.due_at = now + self.interval
         self._attempt.heard(now)
         if now - self._renewed >= self._length / 3:
             self._renewed = now

@@ -90,13 +90,13 @@ class Attempts:
 
             def take(given: StreamItem) -> bool:
                 item = given if isinstance(given, RawEvents) or given.usage is None else _believed(given)
-                return relay.pass_on(item, meter.see(item)) and not pulse.due
+                return relay.pass_on(item, meter.see(item)) and monotonic() < pulse.due_at
 
             with attempt:
                 async with attempt.open() as answer:
                     events = answer.events()
                     while await pour(events, take):
-                        if pulse.due:
+                        if monotonic() >= pulse.due_at:
                             await pulse.beat()
                         await self._held_up(relay, pulse)
             relay.flush()

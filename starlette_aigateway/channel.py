@@ -31,8 +31,10 @@ class Channel(Generic[T]):
         if self.abandoned:
             return True
         self._items.append(item)
-        if self._reader is not None:
-            self._wake_reader()
+        reader = self._reader
+        if reader is not None:
+            self._reader = None
+            reader.ring()
         return len(self._items) < self._size
 
     async def room(self) -> None:

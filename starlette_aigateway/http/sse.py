@@ -163,7 +163,10 @@ class EventStreamResponse(Response):
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             more = True
             while more:
-                data, more = await _next_bytes(stream, writer)
+                try:
+                    data, more = _encoded(await stream.next_items(), stream, writer)
+                except AIGatewayError as error:
+                    data, more = writer.error(error), False
                 if data or not more:
                     await send({"type": "http.response.body", "body": data, "more_body": more})
         except OSError:  # a server may also tell by a failing send that the client is gone (ASGI 2.4)
@@ -174,19 +177,18 @@ class EventStreamResponse(Response):
         self.raw_headers[:] = [header for header in self.raw_headers if header[0] not in names] + told
 
 
-async def _next_bytes(stream: AnswerStream, writer: Writer) -> tuple[bytes, bool]:
-    """All that has come meanwhile, and whether more may come. An error in mid-stream is the last of what goes out."""
+def _encoded(items: Sequence[StreamItem], stream: AnswerStream, writer: Writer) -> tuple[bytes, bool]:
+    """What goes out, and whether more may come. An error in mid-stream is the last of it."""
+    if not items:
+        return writer.end(stream), False
     parts: list[bytes] = []
     try:
-        items = await stream.next_items()
         for item in items:
             parts.append(writer.item(item))  # noqa: PERF401  # what came before an error is kept
-        if items:
-            return b"".join(parts), True
-        return writer.end(stream), False
     except AIGatewayError as error:
         parts.append(writer.error(error))
         return b"".join(parts), False
+    return b"".join(parts), True
 
 
 class EventStream:
@@ -228,7 +230,10 @@ class EventStream:
     async def _next(self) -> bytes | None:
         if self._ended:
             return None
-        data, more = await _next_bytes(self.stream, self._writer)
+        try:
+            data, more = _encoded(await self.stream.next_items(), self.stream, self._writer)
+        except AIGatewayError as error:
+            data, more = self._writer.error(error), False
         self._ended = not more
         return data
 

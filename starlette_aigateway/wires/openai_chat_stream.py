@@ -55,7 +55,7 @@ class PlainEvent(Struct, gc=False):
 
 
 _chunk_decoder = msgspec.json.Decoder(WireChunk)
-_plain_decoder = msgspec.json.Decoder(PlainEvent)
+_decode_plain = msgspec.json.Decoder(PlainEvent).decode
 
 
 class EventReader:
@@ -88,7 +88,12 @@ class EventReader:
             raise ProviderError("the provider sent an event that is too long") from None
         if blocks.startswith(b"data:") and not blocks.endswith(DONE) and not _tells(blocks):
             pieces = blocks[5:-2].split(NEXT_DATA)
-            if all(map(_is_plain, pieces)):
+            try:
+                for piece in pieces:
+                    _decode_plain(piece)
+            except UNREADABLE:
+                pass
+            else:
                 return iter((RawEvents(WIRE, blocks, len(pieces)),))
         return self._items(blocks)
 
@@ -101,7 +106,7 @@ class EventReader:
     def _items(self, blocks: bytes) -> Iterator[StreamItem]:
         before, *pieces = (b"\n\n" + blocks[:-2]).split(NEXT_DATA)
         if before:
-            yield from self._chunks(before)
+            yield from self._chunks(sse.decode_events(before))
         run: list[bytes] = []
         for piece in pieces:
             if piece != END_MARK and not _tells(piece) and _is_plain(piece):
@@ -110,14 +115,14 @@ class EventReader:
             if run:
                 yield _raw(run)
                 run = []
-            yield from self._chunks(b"data:" + piece)
+            yield from self._chunks(_events(piece))
             if self.saw_done:
                 return
         if run:
             yield _raw(run)
 
-    def _chunks(self, blocks: bytes) -> Iterator[Chunk]:
-        for event in sse.decode_events(blocks):
+    def _chunks(self, events: Iterable[sse.SSEEvent]) -> Iterator[Chunk]:
+        for event in events:
             if _is_done(event):
                 self.saw_done = True
                 return
@@ -125,6 +130,14 @@ class EventReader:
                 if chunk.finish_reason is not None:
                     self.saw_finish = True
                 yield chunk
+
+
+def _events(piece: bytes) -> Sequence[sse.SSEEvent]:
+    """Of what came behind `data:`, most often one line."""
+    block = b"data:" + piece
+    if sse.LF in piece:
+        return sse.decode_events(block)
+    return (sse.SSEEvent(None, piece.removeprefix(b" "), block + b"\n\n"),)
 
 
 def _raw(run: list[bytes]) -> RawEvents:
@@ -139,7 +152,7 @@ def _tells(events: bytes) -> bool:
 
 def _is_plain(line: bytes) -> bool:
     try:
-        _plain_decoder.decode(line)
+        _decode_plain(line)
     except UNREADABLE:
         return _says_nothing(line)
     return True
@@ -184,7 +197,7 @@ def _decode_event(event: sse.SSEEvent) -> Sequence[Chunk]:
         wire = _chunk_decoder.decode(event.data)
     except UNREADABLE:
         raise ProviderError("the provider sent an event that is not a chat completion chunk") from None
-    if event.event == "error" or wire.object == "error" or not is_null(wire.error):
+    if event.event == "error" or wire.object == "error" or not (wire.error is _NOTHING or is_null(wire.error)):
         raise ProviderError("the provider reported an error on its stream", details=dict(error_facts(event.data)) or None)
     found: list[Chunk] = []
     usage = decode_usage(wire.usage)

@@ -185,7 +185,11 @@ class Answer:
             self.broke(error)
         if len(self._parts) > before:
             self._barren = 0
-            self._came(before)
+            if self._tap is None:
+                self._size += sum(map(len, self._parts[before:]))
+            elif not self._tap(self._taken()):
+                self._tap = None
+                self._wake()
         elif self._barren > HEAD_BYTES:  # of no body: a head, or a trailer, without end
             self.broke(None)
         if self._waiter is not None and self.status and (self._complete or (self._tap is None and self._size >= self._enough)):
@@ -193,13 +197,6 @@ class Answer:
         if self._size > self._window and self._line is not None and not self._complete and not self._paused:
             self._paused = True
             self._line.pause_reading()
-
-    def _came(self, before: int) -> None:
-        if self._tap is None:
-            self._size += sum(map(len, self._parts[before:]))
-        elif not self._tap(self._taken()):
-            self._tap = None
-            self._wake()
 
     def ended(self) -> None:
         """The other side sends nothing more."""
