@@ -39,6 +39,7 @@ GROWING = (
 
 WALKS = {
     "SELECT provider, model, price FROM prices": "all prices are the answer; they are read once after each change",
+    "SELECT key FROM Cache WHERE raw = ?": "the keys of all answers, for the sieve: once when a process opens the cache, on its thread",
     "FROM usage ORDER BY seq DESC LIMIT ?": "the newest page of all: it ends with the page",
     "FROM credits ORDER BY id DESC LIMIT ?": "the newest page of all: it ends with the page",
     "FROM admin_actions WHERE ? ORDER BY id DESC LIMIT ?": "the newest page of all: it ends with the page",

@@ -256,8 +256,8 @@ def check_settlement(settlement: Settlement) -> None:
         raise InvalidArgument(f"a settlement books between 0 and {MAX_AMOUNT} nano-USD", param="amount")
 
 
-def grant(request: HoldRequest, books: Books, periods: Periods, now: float, under: Sequence[Caps] | None = None) -> int:
-    """How much `request` gets `under` the caps of its scopes, those that hold now where none are given; it changes nothing.
+def grant(request: HoldRequest, books: Books, periods: Periods, now: float) -> int:
+    """How much `request` gets under the caps of its scopes that hold now; it changes nothing.
 
     `admission` has to fit below every cap of every scope; then the grant is what is wanted, as far as the
     tightest cap affords. Raises `SpendCapExceeded` where a cap refuses for good, else `TooManyParallelRequests`, else `SpendCapHeld`;
@@ -265,7 +265,8 @@ def grant(request: HoldRequest, books: Books, periods: Periods, now: float, unde
     """
     refusals: list[Refusal] = []
     amount = request.wanted
-    for claim, caps in zip(request.scopes, under or map(books.raised_caps, request.scopes), strict=True):
+    for claim in request.scopes:
+        caps = books.raised_caps(claim)
         if caps is NO_CAPS:
             continue
         if not request.bounded and caps != NO_CAPS:

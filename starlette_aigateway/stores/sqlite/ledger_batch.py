@@ -15,7 +15,7 @@ from ...accounts import Hold, HoldRequest, UsageRecord
 from ...errors import AIGatewayError, RequestError, SpendCapHeld
 from ...events import BudgetReached
 from ...policy.budgets import Periods, day_number, grant, periods_from, periods_of
-from ...types import NO_CAPS, Caps, Usage
+from ...types import Caps, Usage
 from .ledger_credits import CreditDesk
 from .ledger_inserts import CHANGE_BALANCES, INSERT_CAPS, INSERT_ENTRIES, INSERT_HOLDS, INSERT_USAGE, delete_holds
 from .ledger_load import (
@@ -52,7 +52,6 @@ from .ledger_schema import (
     NO_USAGE,
     USAGE_COLUMNS,
     HoldFacts,
-    Limit,
     Prices,
     Row,
     as_json,
@@ -62,6 +61,7 @@ from .ledger_schema import (
     seq_base,
     usage_row,
 )
+from .ledger_terms import Terms
 from .ledger_thresholds import Watch
 
 KEEP_EXPIRED = 7 * 86_400.0
@@ -172,7 +172,8 @@ class Batch:
                 expired, self._expired = self._expired, []
                 return expired
             case SetCaps():
-                self._books.caps[op.scope] = self._new_caps[op.scope] = op.caps
+                self._memory.set_caps(op.scope, op.caps)
+                self._new_caps[op.scope] = op.caps
             case AddCredit():
                 return self._credits.add(op.credit)
             case EndCredit():
@@ -205,47 +206,52 @@ class Batch:
         if self._today is None or self._today[0] != day:
             self._today = day, periods_of(day)
         periods = self._today[1]
-        self._credits.lapse(request, op.now)
-        caps = [self._books.raised_caps(claim) for claim in request.scopes]
-        for claim, cap in zip(request.scopes, caps, strict=True):
-            self._watch.add(claim.scope, periods, cap)
-        amount, would_refuse = self._granted(request, periods, op.now, caps)
+        terms = self._memory.terms_of(request.scopes)
+        if op.now >= terms.lapse_at:
+            self._credits.lapse(request, op.now)
+            terms = self._memory.terms_of(request.scopes)
+        self._watch.add(terms.names, periods, terms.caps)
+        amount, would_refuse = self._granted(request, terms, periods, op.now)
         made_at = op.now if day == today else day * 86_400.0
-        facts = facts_of(request, op.price, amount=amount, day=periods.day, made_at=made_at, caps=caps, would_refuse=would_refuse)
-        self._books.hold(facts.scopes, periods, amount)
+        facts = facts_of(
+            request,
+            op.price,
+            amount=amount,
+            day=periods.day,
+            made_at=made_at,
+            scopes=terms.names,
+            caps=terms.caps,
+            would_refuse=would_refuse,
+        )
+        self._books.hold(terms.names, periods, amount)
         self._holds[facts.id] = self._changed_holds[facts.id] = facts
-        self._memory.lease_end = min(self._memory.lease_end, request.expires_at)
-        limits = as_json(self._limits(request, enforced=request.enforce))
-        self._entries.append((facts.id, "hold", made_at, amount, periods.day, limits, op.price))
+        if request.expires_at < self._memory.lease_end:
+            self._memory.lease_end = request.expires_at
+        self._entries.append((facts.id, "hold", made_at, amount, periods.day, terms.entry[request.enforce], op.price))
         return facts.hold
 
-    def _granted(self, request: HoldRequest, periods: Periods, now: float, caps: Sequence[Caps]) -> tuple[int, str | None]:
+    def _granted(self, request: HoldRequest, terms: Terms, periods: Periods, now: float) -> tuple[int, str | None]:
         """The amount; and where limits are only reported, the code of the refusal that it passed over."""
-        try:
-            afforded = self._afforded(request, periods, now, caps)
-        except RequestError as refusal:
-            if request.enforce:
-                raise
-            return request.wanted, request.would_refuse or refusal.code
+        afforded = terms.afforded(request, self._books, periods)
+        if afforded is None:
+            try:
+                afforded = self._or_refused(request, periods, now)
+            except RequestError as refusal:
+                if request.enforce:
+                    raise
+                return request.wanted, request.would_refuse or refusal.code
         return afforded if request.enforce else request.wanted, request.would_refuse
 
-    def _afforded(self, request: HoldRequest, periods: Periods, now: float, caps: Sequence[Caps]) -> int:
+    def _or_refused(self, request: HoldRequest, periods: Periods, now: float) -> int:
         """The leases are read only where a refusal says when one ends."""
         try:
-            return grant(request, self._books, periods, now, caps)
+            return grant(request, self._books, periods, now)
         except SpendCapHeld:
             if self._leases_read:
                 raise
         (self._books.next_lease_end,) = self._connection.execute(NEXT_LEASE_END, (self._now,)).fetchone()
         self._leases_read = True
-        return grant(request, self._books, periods, now, caps)
-
-    def _limits(self, request: HoldRequest, *, enforced: bool) -> list[Limit]:
-        """Where limits are only reported, a grant was made under none, and breaks none."""
-        return [
-            Limit(claim.scope, *(self._books.caps_of(claim) if enforced else NO_CAPS), self._books.credits.get(claim.scope, 0))
-            for claim in request.scopes
-        ]
+        return grant(request, self._books, periods, now)
 
     def _settle(self, op: Settle) -> UsageRecord | None:
         facts = self._holds.get(op.hold_id)
@@ -310,10 +316,7 @@ class Batch:
         self._watch_facts(facts)
 
     def _watch_facts(self, facts: HoldFacts) -> None:
-        if facts.caps is not None:
-            periods = self._periods_of(facts)
-            for scope, caps in zip(facts.scopes, facts.caps, strict=True):
-                self._watch.add(scope, periods, caps)
+        self._watch.add(facts.scopes, self._periods_of(facts), facts.caps)
 
     def _periods_of(self, facts: HoldFacts) -> Periods:
         periods = self._periods.get(facts.day)

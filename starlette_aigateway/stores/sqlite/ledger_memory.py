@@ -13,12 +13,16 @@ from typing import Final, TypeAlias
 
 import msgspec
 
+from ...accounts import ScopeClaim
 from ...policy.budgets import Balance, Books, Periods
 from ...types import NO_CAPS, Caps
 from .ledger_schema import SEQ_STEP, HoldFacts, RunningCredit, as_json
+from .ledger_terms import Terms
 
 MOST = 20_000
 """Balances and holds that are kept from one batch to the next."""
+
+MOST_TERMS = 1024
 
 TAKEN_SEQS: Final = """
 SELECT (SELECT max(seq) FROM usage),
@@ -73,6 +77,22 @@ class Memory:
         self.holds: dict[str, HoldFacts] = {}
         self.lease_end = -inf
         self.rows = RowNumbers()
+        self._terms: dict[int, Terms] = {}
+
+    def terms_of(self, claims: tuple[ScopeClaim, ...]) -> Terms:
+        """Of claims whose scopes are known. The same tuple, which stands for a principal's limits, has the same terms."""
+        terms = self._terms.get(id(claims))
+        if terms is None or terms.claims is not claims:
+            running = [credit for claim in claims for credit in self.credits.get(claim.scope, ())]
+            terms = Terms(claims, self.books, running)
+            if len(self._terms) >= MOST_TERMS:
+                self._terms.clear()
+            self._terms[id(claims)] = terms
+        return terms
+
+    def set_caps(self, scope: str, caps: Caps) -> None:
+        self.books.caps[scope] = caps
+        self._terms.clear()
 
     def know(self, pairs: Iterable[tuple[str, str]], found: Iterable[BalanceRow]) -> None:
         """The balances of `pairs`: those `found`, and nothing in the others."""
@@ -85,6 +105,7 @@ class Memory:
         self, claimed: Mapping[str, Periods], capped: Iterable[str], caps: Iterable[CapsRow], running: Iterable[RunningCredit]
     ) -> None:
         """All of the scopes that are `claimed` in these periods; of those `capped`, the stored caps."""
+        self._terms.clear()
         self.books.caps.update((scope, NO_CAPS) for scope in capped)
         self.books.caps.update((scope, Caps(day, month, total)) for scope, day, month, total in caps)
         for scope in claimed:
@@ -94,12 +115,14 @@ class Memory:
         self.scopes.update(claimed)
 
     def run(self, credit: RunningCredit) -> None:
+        self._terms.clear()
         self.credits.setdefault(credit.scope, []).append(credit)
         self.books.credits[credit.scope] = self.books.credits.get(credit.scope, 0) + credit.amount
 
     def end(self, credit: RunningCredit) -> None:
         running = self.credits.get(credit.scope, [])
         if credit in running:
+            self._terms.clear()
             running.remove(credit)
             self.books.credits[credit.scope] -= credit.amount
 

@@ -28,7 +28,7 @@ from ...accounts import Hold, HoldRequest, Outcome, UsageRecord
 from ...money import text
 from ...policy.budgets import raised
 from ...prices import RATES, Price, PriceTier
-from ...types import NO_CAPS, Caps, Usage
+from ...types import Caps, Usage
 
 SCHEMA: Final = (
     """
@@ -234,13 +234,21 @@ def _price(snapshot: Sequence[Any]) -> Price:
 
 
 def facts_of(
-    request: HoldRequest, price: str | None, *, amount: int, day: str, made_at: float, caps: Sequence[Caps], would_refuse: str | None
+    request: HoldRequest,
+    price: str | None,
+    *,
+    amount: int,
+    day: str,
+    made_at: float,
+    scopes: tuple[str, ...],
+    caps: tuple[Caps, ...] | None,
+    would_refuse: str | None,
 ) -> HoldFacts:
     return HoldFacts(
         request.id,
         request.request_id,
         request.attempt,
-        tuple([claim.scope for claim in request.scopes]),
+        scopes,
         request.principal,
         request.tenant,
         request.key_id,
@@ -254,7 +262,7 @@ def facts_of(
         made_at,
         request.expires_at,
         False,
-        None if all(cap is NO_CAPS for cap in caps) else tuple(caps),
+        caps,
         would_refuse,
     )
 

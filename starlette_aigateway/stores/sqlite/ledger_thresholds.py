@@ -29,17 +29,20 @@ class Watch:
 
     def __init__(self, thresholds: Sequence[int]) -> None:
         self._thresholds = thresholds
+        self._looked_at: dict[tuple[int, Periods], tuple[tuple[str, ...], tuple[Caps, ...]]] = {}
         self._seen: dict[tuple[str, Periods, Caps], None] = {}
         self._caps: dict[tuple[str, str], tuple[Window, int]] = {}
 
-    def add(self, scope: str, periods: Periods, caps: Caps) -> None:
-        if caps is not NO_CAPS:
-            seen = scope, periods, caps
-            self._seen.pop(seen, None)  # what was seen last stands last
-            self._seen[seen] = None
+    def add(self, scopes: tuple[str, ...], periods: Periods, caps: tuple[Caps, ...] | None) -> None:
+        """The same tuple of caps, which holds of the same claims share, is looked at once."""
+        if caps is not None:
+            key = id(caps), periods
+            self._looked_at.pop(key, None)  # what was seen last stands last
+            self._looked_at[key] = scopes, caps
 
     def reached(self, connection: sqlite3.Connection, books: Books) -> list[BudgetReached]:
         """Those that nobody was told before; they are told by this. Figures that the batch has not read are read now."""
+        self._see()
         if not self._thresholds or not self._may_be_reached(books):
             return []
         self._caps = {
@@ -49,6 +52,14 @@ class Watch:
             if cap is not None
         }
         return self._found(connection, books)
+
+    def _see(self) -> None:
+        for (_, periods), (scopes, all_caps) in self._looked_at.items():
+            for scope, caps in zip(scopes, all_caps, strict=True):
+                if caps is not NO_CAPS:
+                    seen = scope, periods, caps
+                    self._seen.pop(seen, None)
+                    self._seen[seen] = None
 
     def _may_be_reached(self, books: Books) -> bool:
         """Whether any is at the lowest threshold, told or not, or is not known."""
