@@ -18,13 +18,14 @@ from .errors import AIGatewayError, CostUnbounded, InvalidRequest, NotFound, Pri
 from .events import CallTolerated
 from .policy import caching, estimate, keys, models, pricing, prompts, routing
 from .policy.defaults import with_defaults
+from .policy.estimate import Encoded
 from .policy.pricing import stored_price
 from .policy.routing import Plan, Target
 from .prices import Price
 from .providers.simple import RegisteredProvider
 from .repeats import Repeat
 from .services import Services
-from .standing import Standings
+from .standing import Standing, Standings
 from .types import CallOptions, CompletionRequest, Limits, Principal, PromptRef, Tenant, WindowState
 from .weight import weigh
 from .wires import openai_chat
@@ -123,19 +124,17 @@ class Admission:
         keys.authorize(principal, requested or request.model)
         standing = self._standings.of(principal, NO_LIMITS if principal.tenant is None else await self._tenant(principal))
         sent = estimate.encoded(request)
-        cache_key = None
-        if self._s.cache.enabled and (options.cache.read or options.cache.store):
-            cache_key = caching.cache_key(request, stream=stream, plan=plan.fingerprint, scope=standing.shared_by, sent=sent)
-        stored = None if cache_key is None else await self._answers.lookup(cache_key, options)
+        cache_key = self._cache_key(standing, request, options, plan, sent, stream=stream)
+        stored = await self._answers.lookup(cache_key, options)
         weight = None if stored is not None else weigh(request, sent, self._s.image_tokens, self._s.allow_unbounded, plain=plain)
         timeout = self._s.timeouts.call
         return Call(
-            request_id=request_id,
-            principal=principal,
-            request=request,
-            options=options,
-            stream=stream,
-            plan=plan,
+            request_id,
+            principal,
+            request,
+            options,
+            stream,
+            plan,
             standing=standing,
             claims=standing.requests if weight is None else standing.claims(weight.window_tokens),
             windows=(),
@@ -162,12 +161,12 @@ class Admission:
         claims = standing.requests
         windows = await services.limiter.admit(claims)
         return Call(
-            request_id=request_id,
-            principal=principal,
-            request=request,
-            options=options,
-            stream=False,
-            plan=plan,
+            request_id,
+            principal,
+            request,
+            options,
+            False,  # no stream
+            plan,
             standing=standing,
             claims=claims,
             windows=windows,
@@ -214,6 +213,14 @@ class Admission:
             return principal.tenant
         return await self._s.tenants.get(principal.tenant) or NO_LIMITS
 
+    def _cache_key(
+        self, standing: Standing, request: CompletionRequest, options: CallOptions, plan: Plan, sent: Encoded, *, stream: bool
+    ) -> str | None:
+        """None: the call wants neither to read nor to store, or the cache is off."""
+        if not self._s.cache.enabled or not (options.cache.read or options.cache.store):
+            return None
+        return caching.cache_key(request, stream=stream, plan=plan.fingerprint, scope=standing.shared_by, sent=sent)
+
     async def offer(self, call: Call) -> Offer:
         try:
             offer = await self.priced(call)
@@ -238,7 +245,7 @@ class Admission:
         for route in self._planned(call.plan.model).routes:
             target, provider = route.target, route.provider
             price = (stored_price(target.provider, target.upstream, call.plan.model, stored) if stored else None) or route.price
-            obstacle = None if price is not None and provider.bounds_output else _obstacle(call.plan.model, provider, price)
+            obstacle = _obstacle(call.plan.model, provider, price)
             if obstacle is not None and capped:
                 obstacles.append(obstacle)
                 if enforce:

@@ -37,8 +37,8 @@ class Answers:
         self._clock = clock
         self._faults: set[str] = set()
 
-    async def lookup(self, key: str, options: CallOptions) -> CachedAnswer | None:
-        if not options.cache.read:
+    async def lookup(self, key: str | None, options: CallOptions) -> CachedAnswer | None:
+        if key is None or not options.cache.read:
             return None
         try:
             value = await self._responses.get(key)

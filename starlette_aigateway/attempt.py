@@ -196,7 +196,9 @@ def foreign(error: BaseException) -> bool:
 
 def silence(call: Call, priced: PricedTarget, timeouts: Timeouts) -> float:
     """Seconds without a sign of the provider, within the call's deadline."""
-    return max(0.001, min(priced.provider.timeout or timeouts.read, call.deadline - monotonic()))
+    longest, left = priced.provider.timeout or timeouts.read, call.deadline - monotonic()
+    seconds = left if left < longest else longest
+    return seconds if seconds > 0.001 else 0.001
 
 
 def lease(call: Call, priced: PricedTarget, timeouts: Timeouts) -> float:

@@ -69,20 +69,21 @@ class Offer(Struct, frozen=True, kw_only=True):
 
     def hold_request(self, call: Call, priced: PricedTarget, *, hold_id: str, expires_at: float) -> HoldRequest:
         """What the first attempt of `call`, if it is at `priced`, asks of the ledger."""
+        principal, targets = call.principal, self.targets
         return HoldRequest(
-            id=hold_id,
-            request_id=call.request_id,
-            attempt=1,
-            scopes=self.scopes,
-            principal=call.principal.id,
-            tenant=call.principal.tenant_id,
-            key_id=call.principal.key_id,
-            provider=priced.target.provider,
+            hold_id,
+            call.request_id,
+            1,
+            self.scopes,
+            principal.id,
+            principal.tenant_id,
+            principal.key_id,
+            priced.target.provider,
             model=call.plan.model,
             price=priced.price,
             minimum=priced.ask.minimum,
             wanted=priced.ask.wanted,
-            admission=self.admission,
+            admission=targets[0].ask.minimum if len(targets) == 1 else self.admission,
             expires_at=expires_at,
             prompt=call.prompt,
             tags=call.options.tags,
@@ -102,11 +103,12 @@ class Bill:
         self.booked = False
 
 
-class Call(Struct, frozen=True, kw_only=True):
+class Call(Struct, frozen=True):
     """A call that was let in. `standing` tells whose limits hold for it; `started` and `deadline` are on the monotonic clock,
     `admitted_at` is Unix seconds; `stored` is the cached answer to it, else there is the `weight` of its request. `would_refuse` is the
     code of a window's refusal that was only reported."""
 
+    # Not `kw_only`, as `accounts.HoldRequest`.
     request_id: str
     principal: Principal
     request: CompletionRequest

@@ -235,14 +235,14 @@ class Pipeline:
         """Of an answer at cost zero."""
         now = self._s.clock()
         return UsageRecord(
-            id=keys.mint_id("use_", now, self._s.random),
-            request_id=call.request_id,
-            attempt=1,
-            created_at=now,
-            principal=call.principal.id,
-            tenant=call.principal.tenant_id,
-            key_id=call.principal.key_id,
-            provider=provider,
+            keys.mint_id("use_", now, self._s.random),
+            call.request_id,
+            1,
+            now,
+            call.principal.id,
+            call.principal.tenant_id,
+            call.principal.key_id,
+            provider,
             model=call.plan.model,
             response_model=response_model,
             usage=usage or Usage(input_tokens=0, output_tokens=0),

@@ -84,18 +84,18 @@ def cache_key(request: CompletionRequest, *, stream: bool, plan: str, scope: str
     goes past the cache.
     """
     try:
-        sent = sent or encoded(request)
+        messages, params = sent or encoded(request)
         shape = (
             KEY_VERSION,
             scope,
             plan,
             request.model,
-            Raw(sent.messages),
+            Raw(messages),
             request.temperature,
             request.max_tokens,
             request.n,
             request.prompt,
-            Raw(sent.params),
+            Raw(params),
             stream and (request.n or 1) > 1,
         )
         return sha256(_SHAPE.encode(shape)).hexdigest()

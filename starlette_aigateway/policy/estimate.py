@@ -11,7 +11,7 @@ text: an image costs tokens by its size in pixels, not by its bytes; whoever kno
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 from unicodedata import normalize
 
 import msgspec
@@ -71,34 +71,35 @@ def jsonable(value: Any) -> Any:
     raise TypeError
 
 
-_encode = msgspec.json.Encoder(order="sorted", enc_hook=jsonable).encode
+_CANONICAL = msgspec.json.Encoder(order="sorted", enc_hook=jsonable)
 
 
-class Encoded(Struct, frozen=True, gc=False):
-    """The messages and the parameters of a request as canonical JSON: encoded once, measured and compared by these bytes. `size` is that
-    of both in one list, which is at least the UTF-8 bytes of every text in them."""
+class Encoded(NamedTuple):
+    """The messages and the parameters of a request as canonical JSON: encoded once, measured and compared by these bytes."""
 
     messages: bytes
     params: bytes
-    size: int
+
+    @property
+    def size(self) -> int:
+        """Bytes of both in one list, which is at least the UTF-8 bytes of every text in them."""
+        return len(self.messages) + len(self.params) + len("[,]")
 
     @property
     def longest(self) -> int:
         """The same of the text, as it is or in a normal form."""
         if self.messages.isascii() and self.params.isascii():
             return self.size
-        text = (b"[%b,%b]" % (self.messages, self.params)).decode()
+        text = (b"[%b,%b]" % self).decode()
         return max(self.size, *(len(normalize(form, text).encode()) for form in NORMAL_FORMS))
 
 
 def encoded(request: CompletionRequest) -> Encoded:
     """Raises `InvalidRequest` for what JSON cannot carry."""
     try:
-        messages = _encode(request.messages)
-        params = _encode(request.params) if request.params else b"{}"
+        return Encoded(_CANONICAL.encode(request.messages), _CANONICAL.encode(request.params))
     except (TypeError, ValueError, OverflowError, RecursionError, msgspec.MsgspecError):
         raise InvalidRequest("messages and parameters must be JSON values") from None  # the cause may quote a prompt
-    return Encoded(messages, params, len(messages) + len(params) + len("[,]"))
 
 
 def size(request: CompletionRequest) -> int:

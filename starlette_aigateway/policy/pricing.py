@@ -29,6 +29,9 @@ def cost(usage: Usage, price: Price | None) -> int:
         return 0
     tariff = price.tariff
     read, hour, thought = usage.cache_read_input_tokens, usage.cache_creation_1h_input_tokens, usage.reasoning_output_tokens
+    if not (read or hour or thought or usage.cache_creation_input_tokens):
+        rates = tariff.tiers[0] if len(tariff.tiers) == 1 else tariff.at(usage.input_tokens)
+        return up(usage.input_tokens * rates.input + usage.output_tokens * rates.output) + tariff.request
     minutes = max(usage.cache_creation_input_tokens - hour, 0)
     plain = max(usage.input_tokens - read - minutes - hour, 0)
     rates = tariff.tiers[0] if len(tariff.tiers) == 1 else tariff.at(read + minutes + hour + plain)

@@ -112,8 +112,12 @@ def _tokens(wire: WireUsage) -> Usage | None:
     if (outputs := wire.completion_tokens_details) is not None:
         reasoning = outputs.reasoning_tokens or 0
     spoken, sent = wire.completion_tokens, wire.prompt_tokens
-    output = max(spoken, (wire.total_tokens or 0) - sent, spoken + reasoning if reasoning > spoken else 0)
-    if min(sent, spoken, read, written, reasoning) < 0 or max(sent, output, reasoning) > MAX_PLAUSIBLE_TOKENS or read + written > sent:
+    output = spoken + reasoning if reasoning > spoken else spoken
+    if (wire.total_tokens or 0) > sent + output:
+        output = (wire.total_tokens or 0) - sent
+    if sent < 0 or spoken < 0 or read < 0 or written < 0 or reasoning < 0 or read + written > sent:
+        return None
+    if sent > MAX_PLAUSIBLE_TOKENS or output > MAX_PLAUSIBLE_TOKENS or reasoning > MAX_PLAUSIBLE_TOKENS:
         return None
     return Usage(
         input_tokens=sent,

@@ -37,22 +37,16 @@ def decode_request(body: Mapping[str, Any]) -> ChatCall:
     Raises `InvalidRequest` for `stream`, `stream_options`, `prompt` and contradicting bounds; `validate` looks at all else.
     """
     given = body.get
-    bound, other = given("max_tokens"), given("max_completion_tokens")
-    prompt, stream, options = given("prompt"), given("stream"), given("stream_options")
     request = CompletionRequest(
         model=given("model", ""),
         messages=given("messages", ()),
         temperature=given("temperature"),
-        max_tokens=bound if other is None else _bound(bound, other),
+        max_tokens=_bound(given("max_tokens"), given("max_completion_tokens")),
         n=given("n"),
-        prompt=None if prompt is None else _prompt(prompt),
-        params={} if DECIDED.issuperset(body) else {name: value for name, value in body.items() if name not in DECIDED},
+        prompt=_prompt(given("prompt")),
+        params={name: value for name, value in body.items() if name not in DECIDED},
     )
-    return ChatCall(
-        request,
-        stream is not None and _flag(stream, "stream"),
-        options is not None and _include_usage(options),
-    )
+    return ChatCall(request, _flag(given("stream"), "stream"), _include_usage(given("stream_options")))
 
 
 def encode_request(request: CompletionRequest, *, stream: bool, max_tokens_field: str = "max_tokens") -> bytes:
@@ -79,6 +73,8 @@ def encode_request(request: CompletionRequest, *, stream: bool, max_tokens_field
 
 
 def _bound(max_tokens: Any, max_completion_tokens: Any) -> Any:
+    if max_completion_tokens is None:
+        return max_tokens
     if max_tokens is not None and max_tokens != max_completion_tokens:
         raise InvalidRequest("max_tokens and max_completion_tokens say different things; give one of them", param="max_completion_tokens")
     return max_completion_tokens
@@ -91,13 +87,15 @@ def _flag(value: Any, name: str) -> bool:
 
 
 def _include_usage(options: Any) -> bool:
+    if options is None:
+        return False
     if not isinstance(options, Mapping):
         raise InvalidRequest("stream_options must be an object", param="stream_options")
     return _flag(options.get("include_usage"), "stream_options.include_usage")
 
 
-def _prompt(value: Any) -> PromptRef:
-    if isinstance(value, PromptRef):
+def _prompt(value: Any) -> PromptRef | None:
+    if value is None or isinstance(value, PromptRef):
         return value
     if not isinstance(value, Mapping):
         raise InvalidRequest(

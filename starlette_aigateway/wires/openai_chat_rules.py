@@ -85,8 +85,8 @@ def _check_messages(request: CompletionRequest) -> bool:
     plain = True
     for index, message in enumerate(messages):
         # The common message is told apart in a fraction of a microsecond; whatever is not known here gets the full look.
-        if type(message) is dict and len(message) == 2 and "content" in message and "role" in message:
-            content, role = message["content"], message["role"]
+        if type(message) is dict and len(message) == 2:
+            content, role = message.get("content"), message.get("role")
             if type(content) is str and type(role) is str and role in _PLAIN_ROLES and (content.isascii() or is_encodable(content)):
                 continue
         plain = False

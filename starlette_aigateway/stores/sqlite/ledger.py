@@ -12,6 +12,7 @@ from typing import Self
 import anyio
 import anyio.to_thread
 import msgspec
+from msgspec.structs import astuple
 
 from ...accounts import Budget, Credit, Finding, Hold, HoldRequest, Settlement, UsageQuery, UsageRecord, UsageReport
 from ...errors import AIGatewayError, InvalidArgument
@@ -139,8 +140,10 @@ class SQLiteLedger:
         self._listeners.append(tell)
 
     async def _run(self, op: Op) -> Outcome:
-        """The result of `op`. Whoever runs the operation that a batch ends with tells what the batch has reached."""
-        result = await self._commit.run(op)
+        return self._told(await self._commit.run(op))
+
+    def _told(self, result: Result) -> Outcome:
+        """Whoever runs the operation that a batch ends with tells what the batch has reached."""
         if not isinstance(result, Told):
             return result
         for reached in result.reached:
@@ -153,7 +156,7 @@ class SQLiteLedger:
     async def reserve(self, request: HoldRequest, *, now: float) -> Hold:
         _check_hold(request)
         check_moment(now, "now")
-        result = await self._run(Reserve(request, self._prices.dump(request.price), now))
+        result = self._told(await self._commit.run(Reserve(request, self._prices.dump(request.price), now)))
         assert isinstance(result, Hold)
         return result
 
@@ -169,7 +172,7 @@ class SQLiteLedger:
         check_moment(now, "now")
         _check_numbers(settlement.usage, settlement.latency_ms)
         _check_storable(settlement)
-        result = await self._run(Settle(hold_id, settlement, now))
+        result = self._told(await self._commit.run(Settle(hold_id, settlement, now)))
         assert result is None or isinstance(result, UsageRecord)
         return result
 
@@ -275,23 +278,27 @@ MAX_COUNT = 10**15
 def _check_hold(request: HoldRequest) -> None:
     """SQLite's JSON functions end a text at a NUL: such a name would be looked up as another one."""
     check_request(request)
-    if "\0" in request.id or any("\0" in claim.scope for claim in request.scopes):
+    who = request.scopes, request.principal, request.tenant, request.key_id
+    what = request.provider, request.model, request.prompt, request.tags, request.would_refuse
+    encoded = _check_storable((request.id, request.request_id, request.attempt, request.replaces, who, what))
+    if encoded.find(b"\\u0000") >= 0 and ("\0" in request.id or any("\0" in claim.scope for claim in request.scopes)):
         raise InvalidArgument("ids and scopes must not contain a NUL character", param="id")
-    _check_storable(request)
 
 
-def _check_storable(value: object) -> None:
-    """Raises `InvalidArgument` for text that is not Unicode (a lone surrogate), before it reaches the writer where others wait."""
+_encoder = msgspec.json.Encoder()
+
+
+def _check_storable(value: object) -> bytes:
+    """Raises `InvalidArgument` for text that is not Unicode (a lone surrogate), before it reaches the writer where others wait. Gives
+    `value` as JSON."""
     try:
-        msgspec.json.encode(value)
+        return _encoder.encode(value)
     except (UnicodeEncodeError, OverflowError, TypeError) as error:
         raise InvalidArgument(f"the ledger cannot store this: {type(error).__name__}") from None
 
 
-def _check_numbers(usage: Usage | None, *numbers: int | None) -> None:
-    if usage is not None:
-        numbers += (usage.input_tokens, usage.output_tokens, usage.cache_read_input_tokens, usage.cache_creation_input_tokens)
-        numbers += (usage.cache_creation_1h_input_tokens, usage.reasoning_output_tokens)
-    for number in numbers:
-        if number is not None and not 0 <= number <= MAX_COUNT:
+def _check_numbers(usage: Usage | None, latency_ms: int | None) -> None:
+    numbers = () if usage is None else astuple(usage)
+    for number in numbers if latency_ms is None else (*numbers, latency_ms):
+        if not 0 <= number <= MAX_COUNT:
             raise InvalidArgument(f"tokens and milliseconds are between 0 and {MAX_COUNT}", param="usage")

@@ -279,14 +279,14 @@ def record_of(
 ) -> UsageRecord:
     """What a resolved hold leaves in the books."""
     return UsageRecord(
-        id=facts.id + ADJUSTED if outcome == "adjusted" else facts.id,
-        request_id=facts.request_id,
-        attempt=facts.attempt,
-        created_at=facts.made_at,
-        principal=facts.principal,
-        tenant=facts.tenant,
-        key_id=facts.key_id,
-        provider=facts.provider,
+        facts.id + ADJUSTED if outcome == "adjusted" else facts.id,
+        facts.request_id,
+        facts.attempt,
+        facts.made_at,
+        facts.principal,
+        facts.tenant,
+        facts.key_id,
+        facts.provider,
         model=facts.model,
         response_model=response_model,
         usage=usage,
