@@ -19,7 +19,7 @@ from limits.errors import StorageError
 from msgspec.structs import replace
 
 from .errors import ConfigurationError, InvalidRequest, RateLimitExceeded, StorageUnavailable
-from .policy.windows import Refusal, Sliding, WindowClaim, WindowState, check_fits, exceeded, in_seconds, microseconds
+from .policy.windows import Refusal, Sliding, WindowClaim, WindowState, check_fits, exceeded, in_seconds, microseconds, too_large
 from .protocols import Clock
 from .types import MAX_WINDOW
 
@@ -83,7 +83,9 @@ class Limiter:
         """
         if not claims:
             return ()
-        check_fits(claims)
+        for claim in claims:
+            if claim.amount > claim.limit:
+                raise too_large(claim)
         try:
             outcome = await self._windows.acquire_all(claims)
         except self._faults as error:

@@ -50,6 +50,8 @@ from .wires import openai_chat
 class Pipeline:
     def __init__(self, services: Services) -> None:
         self._s = services
+        self.ends_with_its_caller = services.background.drains.on_disconnect == "cancel"
+        """Whether a call is given up when its caller leaves, so that it has to be noticed at once."""
         self._flights = Flights()
         self.repeats = Repeats()
         self._answers = Answers(services.responses, services.cache, services.clock)
@@ -65,11 +67,6 @@ class Pipeline:
             emit=services.emit,
             max_drain_bytes=services.max_drain_bytes,
         )
-
-    @property
-    def ends_with_its_caller(self) -> bool:
-        """Whether a call is given up when its caller leaves, so that it has to be noticed at once."""
-        return self._s.background.drains.on_disconnect == "cancel"
 
     @property
     def send_seconds(self) -> float:

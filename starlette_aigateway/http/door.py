@@ -63,6 +63,7 @@ class Door:
         self._recognise = recognise
         self._resolve_principal = resolve_principal
         self._authorize_admin = authorize_admin
+        self.has_admins = authorize_admin is not None
         self._origins = origins
         self._limiter = limiter
 
@@ -111,10 +112,6 @@ class Door:
         """Counts a failed login of this address. A valid credential never comes here, so none is ever refused for it."""
         address = connection.client.host if connection.client is not None else "unknown"
         await self._limiter.admit([WindowClaim(f"login:{address}", "requests", FAILED_LOGINS_PER_MINUTE)])
-
-    @property
-    def has_admins(self) -> bool:
-        return self._authorize_admin is not None
 
     async def admin_if_any(self, connection: HTTPConnection) -> Admin | None:
         """The administrator who sent this, None for anybody else."""

@@ -121,7 +121,7 @@ class Book:
     def admits(self, demand: Demand) -> bool:
         window = demand.window
         if window.form == "moving":
-            return self.moving(window).admits(demand.limit, demand.amount)
+            return (self._moving.get(window) or UNUSED).admits(demand.limit, demand.amount)
         return self.sliding(window).admits(demand.limit, demand.amount, self.now, window.span)
 
     def hit(self, demand: Demand) -> None:
@@ -130,14 +130,14 @@ class Book:
             return
         self._changed.add(window)
         if window.form == "moving":
-            self._moving[window] = self.moving(window).hit(amount, self.now)
+            self._moving[window] = (self._moving.get(window) or UNUSED).hit(amount, self.now)
             self._let_in[window] = self._let_in.get(window, 0) + amount
         else:
             self._sliding[window] = self.sliding(window).hit(amount)
 
     def usage(self, demand: Demand) -> Usage:
         window = demand.window
-        state = self.moving(window) if window.form == "moving" else self.sliding(window)
+        state = (self._moving.get(window) or UNUSED) if window.form == "moving" else self.sliding(window)
         return state.usage(demand.limit, self.now, window.span)
 
     def adjust(self, window: Window, delta: int, charged_at: int) -> None:

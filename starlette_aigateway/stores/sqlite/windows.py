@@ -263,7 +263,9 @@ class SQLiteWindowStorage(Storage, MovingWindowSupport, SlidingWindowCounterSupp
 
     async def acquire_all(self, claims: Sequence[WindowClaim]) -> Sequence[WindowState] | Refusal:
         """Takes the windows of all claims in one transaction, or none of them. Raises `InvalidArgument` if two name the same window."""
-        return _outcome(claims, await self._judge(_acquisition(claims)))
+        verdict = await self._commit.run(_acquisition(claims))
+        assert isinstance(verdict, Verdict)
+        return _outcome(claims, verdict)
 
     async def probe(self, claims: Sequence[WindowClaim]) -> Sequence[WindowState] | Refusal:
         """As `acquire_all` would answer now; takes nothing, and tells the windows as they are."""
@@ -471,11 +473,11 @@ def _adjustment(deltas: Sequence[tuple[WindowClaim, int]], charged_at: float | N
 
 
 def _outcome(claims: Sequence[WindowClaim], verdict: Verdict) -> Sequence[WindowState] | Refusal:
-    states = _states(claims, verdict)
     if verdict.blocked is None:
-        return states
-    return Refusal(claims[verdict.blocked], None if verdict.wait is None else in_seconds(verdict.wait), states)
+        return _states(claims, verdict)
+    wait = None if verdict.wait is None else in_seconds(verdict.wait)
+    return Refusal(claims[verdict.blocked], wait, _states(claims, verdict))
 
 
 def _states(claims: Sequence[WindowClaim], verdict: Verdict) -> Sequence[WindowState]:
-    return [WindowState(claim, usage.remaining, in_seconds(usage.reset)) for claim, usage in zip(claims, verdict.usages, strict=True)]
+    return [WindowState(claim, usage.remaining, usage.reset / MICROSECONDS) for claim, usage in zip(claims, verdict.usages, strict=True)]
