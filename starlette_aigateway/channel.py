@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Awaitable
 from typing import Generic, TypeVar
 
-from .wakeup import Wakeup, wakeup
+from .wakeup import Wakeup, running_loop, wakeup
 
 T = TypeVar("T")
 
 
 class Channel(Generic[T]):
     """At most `size` items wait. Made for one producer and one consumer: on the path of every chunk of a stream, the general kind with its
-    checkpoints costs as much as the rest of the way."""
+    checkpoints costs as much as the rest of the way. On asyncio the consumer waits for a bare future, the cheapest there is."""
 
     def __init__(self, size: int) -> None:
         self._items: list[T] = []
         self._size = size
+        self._loop = running_loop()
+        self._future: asyncio.Future[None] | None = None
         self._reader: Wakeup | None = None
         self._writer: Wakeup | None = None
-        self._closed = False
+        self.closed = False
         self.abandoned = False
 
     @property
@@ -31,10 +35,12 @@ class Channel(Generic[T]):
         if self.abandoned:
             return True
         self._items.append(item)
-        reader = self._reader
-        if reader is not None:
-            self._reader = None
-            reader.ring()
+        if self._future is not None:
+            waiting, self._future = self._future, None
+            if not waiting.done():
+                waiting.set_result(None)
+        elif self._reader is not None:
+            self._wake_reader()
         return len(self._items) < self._size
 
     async def room(self) -> None:
@@ -45,20 +51,31 @@ class Channel(Generic[T]):
 
     def close(self) -> None:
         """Nothing more comes."""
-        self._closed = True
+        self.closed = True
         self._wake_reader()
 
     async def take(self) -> list[T]:
         """All that waits, at least one item; nothing once there will be no more."""
-        while not self._items:
-            if self._closed:
-                break
-            self._reader = wakeup()
-            await self._reader.wait()
-        items, self._items = self._items, []
-        if self._writer is not None:
-            self._wake_writer()
+        while not (items := self.taken()) and not self.closed:
+            await self.arrival()
         return items
+
+    def taken(self) -> list[T]:
+        """All that waits, if anything does."""
+        items = self._items
+        if items:
+            self._items = []
+            if self._writer is not None:
+                self._wake_writer()
+        return items
+
+    def arrival(self) -> Awaitable[None]:
+        """Until an item comes, or the end."""
+        if self._loop is not None:
+            self._future = self._loop.create_future()
+            return self._future
+        self._reader = wakeup()
+        return self._reader.wait()
 
     def leave(self) -> None:
         """The consumer takes nothing more; what waits is forgotten."""
@@ -72,6 +89,8 @@ class Channel(Generic[T]):
             self._writer = None
 
     def _wake_reader(self) -> None:
+        if self._future is not None and not self._future.done():
+            self._future.set_result(None)
         if self._reader is not None:
             self._reader.ring()
             self._reader = None

@@ -221,9 +221,12 @@ class LiveStream(AnswerStream):
 
     async def next_items(self) -> Sequence[StreamItem]:
         """Raises `ProviderError` where the provider failed in mid-stream."""
-        items = await self._relay.channel.take()
-        if not items:
-            await self._end()
+        channel = self._relay.channel
+        while not (items := channel.taken()):
+            if channel.closed:
+                await self._end()
+                break
+            await channel.arrival()
         return items
 
     async def _end(self) -> None:

@@ -243,11 +243,15 @@ class Events:
 
     def _arrived(self, data: bytes) -> bool:
         try:
-            self._give(self._reader.feed(data))
+            self._items = self._reader.feed(data)
+            for item in self._items:
+                if not self._take(item):
+                    self._flows = False
+                    return False
         except BaseException as error:  # noqa: BLE001  # for the task that reads: this may be called outside of it
             self._failure = error
             return False
-        return self._flows and not self._reader.saw_done
+        return not self._reader.saw_done
 
     def _give(self, items: Iterator[StreamItem]) -> None:
         self._items = items

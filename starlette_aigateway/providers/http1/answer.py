@@ -129,7 +129,8 @@ class Answer:
         data = self._parts[0] if len(self._parts) == 1 else b"".join(self._parts)
         self._parts.clear()
         self._size = 0
-        self._resume()
+        if self._paused:
+            self._resume()
         return data
 
     def _resume(self) -> None:
