@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager
 from decimal import Decimal
+from time import monotonic
 from typing import Literal, Protocol, TypeAlias
 
 import msgspec
@@ -122,9 +123,9 @@ class EventStreamResponse(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Writes until the stream ends, or the client leaves or takes nothing more, also before its first content; leaving ends the block
         of the stream, which settles it. What is left unended the server closes."""
-        pace = Pace(send, self._patience)
+        pace = Pace(self._patience)
         try:
-            refusal = await while_taken(receive, lambda safe: self._serve(pace.send, safe), pace)
+            refusal = await while_taken(receive, lambda safe: self._serve(send, pace, safe), pace)
         except ClientLeft:
             refusal = None
         if refusal is not None:
@@ -132,7 +133,7 @@ class EventStreamResponse(Response):
         if self.background is not None:
             await self.background()
 
-    async def _serve(self, send: Send, safe: Callable[[], None]) -> Response | None:
+    async def _serve(self, send: Send, pace: Pace, safe: Callable[[], None]) -> Response | None:
         """What is answered instead, where the call is refused before the stream has begun. Leaving the block is `safe`: it settles."""
         begun = False
         try:
@@ -140,7 +141,7 @@ class EventStreamResponse(Response):
                 begun = True
                 self.stream = stream
                 try:
-                    await self._write(stream, send)
+                    await self._write(stream, send, pace)
                 finally:
                     safe()
         except AIGatewayError as error:
@@ -156,19 +157,23 @@ class EventStreamResponse(Response):
                 response.headers[name] = self.headers[name]
         return response
 
-    async def _write(self, stream: AnswerStream, send: Send) -> None:
+    async def _write(self, stream: AnswerStream, send: Send, pace: Pace) -> None:
         writer = self._writer(stream)
         self._tell(stream_headers(stream))
+        more = True
         try:
+            pace.since = monotonic()
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-            more = True
+            pace.since = None
             while more:
                 try:
                     data, more = _encoded(await stream.next_items(), stream, writer)
                 except AIGatewayError as error:
                     data, more = writer.error(error), False
                 if data or not more:
+                    pace.since = monotonic()
                     await send({"type": "http.response.body", "body": data, "more_body": more})
+                    pace.since = None
         except OSError:  # a server may also tell by a failing send that the client is gone (ASGI 2.4)
             return
 
@@ -178,9 +183,11 @@ class EventStreamResponse(Response):
 
 
 def _encoded(items: Sequence[StreamItem], stream: AnswerStream, writer: Writer) -> tuple[bytes, bool]:
-    """What goes out, and whether more may come. An error in mid-stream is the last of it."""
+    """What goes out, and whether more may come. An error in mid-stream is the last of it; one at its beginning is raised."""
     if not items:
         return writer.end(stream), False
+    if len(items) == 1:
+        return writer.item(items[0]), True
     parts: list[bytes] = []
     try:
         for item in items:
