@@ -48,6 +48,7 @@ from .ledger_ops import (
 from .ledger_prune import prune
 from .ledger_rollups import roll_up
 from .ledger_schema import (
+    ABSENT,
     ADJUSTED,
     NO_USAGE,
     USAGE_COLUMNS,
@@ -227,7 +228,9 @@ class Batch:
         self._holds[facts.id] = self._changed_holds[facts.id] = facts
         if request.expires_at < self._memory.lease_end:
             self._memory.lease_end = request.expires_at
-        self._entries.append((facts.id, "hold", made_at, amount, periods.day, terms.entry[request.enforce], op.price))
+        self._entries.append(
+            (facts.id, "hold", made_at, amount, periods.day, terms.entry[request.enforce], ABSENT if op.price is None else op.price)
+        )
         return facts.hold
 
     def _granted(self, request: HoldRequest, terms: Terms, periods: Periods, now: float) -> tuple[int, str | None]:
@@ -292,7 +295,7 @@ class Batch:
             facts.expires_at = max(facts.expires_at, now)  # it waits for a late settlement from when it was noticed
             self._books.resolve(facts.scopes, self._periods_of(facts), held=facts.amount, booked=facts.amount)
             self._holds[facts.id] = self._changed_holds[facts.id] = facts
-            self._entries.append((facts.id, "expire", now, facts.amount, None, None, None))
+            self._entries.append((facts.id, "expire", now, facts.amount, ABSENT, ABSENT, ABSENT))
             self._watch_facts(facts)
             self._expired.append(self._book(facts, record_of(facts, self._prices.load(facts.price), "expired", facts.amount)))
 
@@ -302,7 +305,7 @@ class Batch:
         difference = amount - facts.amount
         self._books.adjust(facts.scopes, self._periods_of(facts), difference)
         self._forget(facts)
-        self._entries.append((facts.id, "adjust", now, difference, None, None, None))
+        self._entries.append((facts.id, "adjust", now, difference, ABSENT, ABSENT, ABSENT))
         self._watch_facts(facts)
         price = self._prices.load(facts.price)
         return self._book(
@@ -312,7 +315,7 @@ class Batch:
     def _resolve(self, facts: HoldFacts, kind: str, booked: int, now: float) -> None:
         self._books.resolve(facts.scopes, self._periods_of(facts), held=facts.amount, booked=booked)
         self._forget(facts)
-        self._entries.append((facts.id, kind, now, booked, None, None, None))
+        self._entries.append((facts.id, kind, now, booked, ABSENT, ABSENT, ABSENT))
         self._watch_facts(facts)
 
     def _watch_facts(self, facts: HoldFacts) -> None:

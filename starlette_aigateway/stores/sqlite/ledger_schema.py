@@ -18,7 +18,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Final
 
 import msgspec
@@ -306,6 +306,9 @@ USAGE_COLUMNS = (
     " cache_creation_1h_input_tokens, would_refuse, held"
 )
 USAGE_WIDTH = USAGE_COLUMNS.count(",") + 1
+USAGE_TEXTS = [USAGE_COLUMNS.split(", ").index(name) for name in ("tenant", "key_id", "price", "prompt", "tags", "would_refuse")]
+ABSENT: Final = 0
+"""NULL, where a text is written: no text is equal to a number."""
 
 _encode = msgspec.json.Encoder().encode
 
@@ -314,10 +317,6 @@ Row = Sequence[Any]  # what sqlite3 binds and returns: int, float, str, None
 
 def as_json(value: object) -> str:
     return _encode(value).decode()
-
-
-def tags_text(tags: Mapping[str, str]) -> str | None:
-    return msgspec.json.encode(tags).decode() if tags else None
 
 
 def usage_row(record: UsageRecord, seq: int, price: str | None, held: int) -> Row:
@@ -329,8 +328,8 @@ def usage_row(record: UsageRecord, seq: int, price: str | None, held: int) -> Ro
         record.attempt,
         record.created_at,
         record.principal,
-        record.tenant,
-        record.key_id,
+        ABSENT if record.tenant is None else record.tenant,
+        ABSENT if record.key_id is None else record.key_id,
         record.provider,
         record.model,
         record.response_model,
@@ -340,13 +339,13 @@ def usage_row(record: UsageRecord, seq: int, price: str | None, held: int) -> Ro
         usage.cache_creation_input_tokens,
         usage.reasoning_output_tokens,
         record.cost,
-        price,
+        ABSENT if price is None else price,
         record.outcome,
         record.latency_ms,
-        record.prompt,
-        tags_text(record.tags),
+        ABSENT if record.prompt is None else record.prompt,
+        as_json(record.tags) if record.tags else ABSENT,
         usage.cache_creation_1h_input_tokens,
-        record.would_refuse,
+        ABSENT if record.would_refuse is None else record.would_refuse,
         held,
     )
 
