@@ -3,15 +3,19 @@
 import asyncio
 import json
 from collections.abc import AsyncIterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import anyio
 import pytest
 
+from starlette_aigateway import AIGateway, CompletionRequest, Price, Principal
 from starlette_aigateway.errors import ProviderError
 from starlette_aigateway.pouring import pour
+from starlette_aigateway.providers import OpenAIProvider
 from starlette_aigateway.providers.http1.answer import Answer
 from starlette_aigateway.providers.http_adapter import Events
+from starlette_aigateway.testing.transport import Exchange, raw_server
 from starlette_aigateway.types import Chunk, RawEvents, StreamItem
 from starlette_aigateway.wires import openai_chat, sse
 
@@ -203,3 +207,29 @@ class TestOnAConnection:
             await reading
         answer.feed(chunked(text("a")))
         assert take.items == []
+
+    async def test_a_slow_reader_holds_up_the_provider_and_gets_everything(self, tmp_path: Path) -> None:
+        word, words = "x" * 100_000, 400
+        sent = 0
+
+        async def handle(exchange: Exchange) -> None:
+            nonlocal sent
+            await exchange.start_chunked()
+            for _ in range(words):
+                await exchange.chunk(text(word))
+                sent += 1
+            await exchange.chunk(FINISH + DONE)
+            await exchange.stream.send(END)
+
+        prices = {"m": Price("1", "1")}
+        async with raw_server(handle) as server, OpenAIProvider("key", f"{server.url}/v1", models=["m"]) as provider:
+            gateway = AIGateway(providers=[provider], prices=prices, data_dir=tmp_path)
+            request = CompletionRequest(model="m", messages=[{"role": "user", "content": "x"}])
+            async with gateway.lifespan(), gateway.stream(Principal(id="who"), request) as stream:
+                got = len((await anext(stream)).text)
+                for _ in range(100):
+                    await anyio.wait_all_tasks_blocked()
+                assert sent < words / 2
+                async for chunk in stream:
+                    got += len(chunk.text)
+        assert (got, sent) == (words * len(word), words)
