@@ -63,9 +63,12 @@ class Offer(Struct, frozen=True, kw_only=True):
     def output_bound(self, request: CompletionRequest, priced: PricedTarget, granted: int) -> int | None:
         """The output bound in tokens, in each choice, that is sent and that `granted` nano-USD pay for; None where nothing has to be
         bounded."""
-        if priced.ask.given or not self.bounded:
+        ask = priced.ask
+        if ask.given or not self.bounded:
             return request.max_tokens
-        return estimate.affordable(granted, self.input_tokens, request.n, priced.price, priced.ask.output_wanted)
+        if granted >= ask.wanted:
+            return ask.output_wanted
+        return estimate.affordable(granted, self.input_tokens, request.n, priced.price, ask.output_wanted)
 
     def hold_request(self, call: Call, priced: PricedTarget, *, hold_id: str, expires_at: float) -> HoldRequest:
         """What the first attempt of `call`, if it is at `priced`, asks of the ledger."""

@@ -154,9 +154,11 @@ def ask(
     elif given is not None:
         output = least = given
     else:
-        bounds = [bound for bound in (default_max_tokens, model_maximum) if bound is not None]
-        output = min(bounds, default=DEFAULT_MAX_TOKENS)
-        least = min(min_output_tokens, output)
+        default = DEFAULT_MAX_TOKENS if model_maximum is None else model_maximum
+        output = default if default_max_tokens is None else default_max_tokens
+        if model_maximum is not None and model_maximum < output:
+            output = model_maximum
+        least = min_output_tokens if min_output_tokens < output else output
     wanted = amount(input_tokens, output, request.n, price)
     minimum = wanted if least == output else amount(input_tokens, least, request.n, price)
     return Ask(minimum=minimum, wanted=wanted, output_wanted=output, given=given is not None)

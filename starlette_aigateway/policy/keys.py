@@ -72,7 +72,7 @@ def hint(raw: str) -> str:
 def mint_id(prefix: str, now: float, random: Random) -> str:
     """A unique id whose order as text is the order of time: `prefix` (`key_`, `req_`, `use_`), 48 bits of milliseconds and 80 random
     bits, in lower-case hexadecimal. The layout is UUIDv7's (RFC 9562, section 5.7) without its version bits."""
-    return f"{prefix}{int(now * 1000):012x}{random(10).hex()}"
+    return prefix + (int(now * 1000).to_bytes(6, "big") + random(10)).hex()
 
 
 def check(key: Key | None, now: float) -> Key:
