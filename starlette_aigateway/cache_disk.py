@@ -107,8 +107,9 @@ class OneConnection(Cache):  # type: ignore[misc]  # diskcache ships no types
         row = self._con.execute(SELECT, (key,)).fetchone()
         return None if row is None else self._disk.fetch(*row, False)
 
-    def write(self, values: Sequence[tuple[str, bytes, float]]) -> None:
-        """As `set` of each key, value and seconds to live, with one statement for all of them."""
+    def write(self, values: Sequence[tuple[str, bytearray, float]]) -> None:
+        """As `set` of each key, value and seconds to live, with one statement for all of them. sqlite3 asks adapters what to do with bytes,
+        and binds a bytearray at once."""
         now = time.time()
         self._con.executemany(UPSERT, [(key, now, now + ttl, now, value) for key, value, ttl in values])
 

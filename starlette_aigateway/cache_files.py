@@ -330,7 +330,7 @@ def apply(writer: OneConnection, sieve: Sieve, tasks: Sequence[Put | Forget], ge
     puts = [task for task in last if isinstance(task, Put) and task.entry.generation in (None, generation)]
     for put in puts:
         sieve.mark((put.key,), put.entry.expires_at)
-    writer.write([(put.key, EXPIRY.pack(put.entry.expires_at) + put.entry.value, put.ttl) for put in puts])
+    writer.write([(put.key, bytearray(EXPIRY.pack(put.entry.expires_at)) + put.entry.value, put.ttl) for put in puts])
 
 
 def take(tasks: Tasks, hurry: threading.Event) -> tuple[list[Task], bool]:

@@ -356,7 +356,7 @@ class Batch:
         if self._gone_holds:
             delete_holds(connection, self._gone_holds)
         if self._changed_holds:
-            INSERT_HOLDS(connection, [(f.id, f.expires_at, f.expired, as_json(f)) for f in self._changed_holds.values()])
+            INSERT_HOLDS(connection, [(f.id, f.expires_at, int(f.expired), as_json(f)) for f in self._changed_holds.values()])
         INSERT_ENTRIES(connection, self._entries)
         if self._new_records:
             INSERT_USAGE(connection, self._usage_rows())
