@@ -7,6 +7,7 @@ import sqlite3
 from collections.abc import AsyncIterator, Awaitable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import anyio
 import pytest
@@ -117,6 +118,20 @@ async def test_text_that_cannot_be_stored_is_refused_and_harms_no_other(ledger: 
         await ledger.settle("use_a", completed(-1), now=NOON)
     with pytest.raises(InvalidArgument):
         await ledger.record(cached_record("a", cost=1))
+    await assert_clean(ledger)
+
+
+NO_TEXT = "\ud800"
+
+
+@pytest.mark.parametrize(
+    "field",
+    ["id", "request_id", "principal", "tenant", "key_id", "provider", "model", "prompt", "replaces", "would_refuse", "tags", "scopes"],
+)
+async def test_no_part_of_a_hold_may_be_text_that_cannot_be_stored(ledger: SQLiteLedger, field: str) -> None:
+    values: dict[str, Any] = {"tags": {"team": NO_TEXT}, "scopes": [ScopeClaim(NO_TEXT)]}
+    with pytest.raises(InvalidArgument):
+        await ledger.reserve(hold_request("a", **{field: values.get(field, NO_TEXT)}), now=NOON)
     await assert_clean(ledger)
 
 
