@@ -12,7 +12,7 @@ from .errors import ProviderError
 from .policy import caching
 from .policy.caching import CachedAnswer, CachedCompletion, CachedEvents, CachePolicy
 from .protocols import Clock, ResponseCache
-from .repeats import Kept
+from .repeats import MAX_VALUE, Kept
 from .streams import Relay
 from .types import CallOptions
 
@@ -60,12 +60,13 @@ class Answers:
             self._failed(error)
             return None
         if value is None:
-            kept.value = kept.answer = None
+            kept.read = None
             return None
-        if value is kept.value:
-            stored = kept.answer
-        elif (stored := caching.decode(value)) is not None:
-            kept.read(value, stored)
+        read = kept.read
+        if read is not None and read[0] is value:
+            stored: CachedAnswer | None = read[1]
+        elif (stored := caching.decode(value)) is not None and len(value) <= MAX_VALUE:
+            kept.read = (value, stored)
         if stored is None or not caching.fresh(stored, options.cache, self._clock(), self._policy.ttl):
             return None
         return stored

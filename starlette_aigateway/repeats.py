@@ -19,15 +19,10 @@ MAX_SHARERS = 64
 
 
 class Kept(Struct):
-    """Where the cache keeps the answer, and what the bytes that it gave last, `value`, mean."""
+    """Where the cache keeps the answer, and the bytes that it gave last with what they mean: one value, for threads to see both or none."""
 
     key: str
-    value: bytes | None = None
-    answer: CachedAnswer | None = None
-
-    def read(self, value: bytes, answer: CachedAnswer) -> None:
-        if len(value) <= MAX_VALUE:
-            self.value, self.answer = value, answer
+    read: tuple[bytes, CachedAnswer] | None = None
 
 
 class Repeat(Struct, frozen=True):
