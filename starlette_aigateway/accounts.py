@@ -42,7 +42,7 @@ class ScopeClaim(Struct, frozen=True, gc=False):
     max_parallel: int | None = None
 
 
-class HoldRequest(Struct, frozen=True):
+class HoldRequest(Struct, frozen=True, gc=False):
     """One attempt that asks for money.
 
     The hold is granted between `minimum` and `wanted`, as far as the tightest cap of all `scopes` affords, and only if `admission`
@@ -97,7 +97,7 @@ class Settlement(Struct, frozen=True, kw_only=True, gc=False):
     latency_ms: int | None = None
 
 
-class UsageRecord(Struct, frozen=True):
+class UsageRecord(Struct, frozen=True, gc=False):
     """One attempt in the books. `cost` is nano-USD; `price` of None is a model without a price. `would_refuse`: limits were only
     reported (`enforce=False`), and this is the code of the refusal that the attempt would have got."""
 

@@ -14,8 +14,11 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from pathlib import Path
-from struct import Struct, error
+from struct import Struct as Layout
+from struct import error
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+
+from msgspec import Struct
 
 from .cache_purges import Generation, Purges
 from .cache_sieve import Sieve
@@ -44,14 +47,14 @@ KEPT_CORRUPT = 3
 DAMAGED = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR})
 """`SQLITE_ERROR` is a statement that does not fit the schema: somebody else's file."""
 
-EXPIRY = Struct(">d")
+EXPIRY = Layout(">d")
 """In front of every value on disk: when it expires, by the gateway's clock."""
 
 Failed: TypeAlias = Callable[[str, Exception], None]
 """Told what could not be done, and why."""
 
 
-class Entry(NamedTuple):
+class Entry(Struct, frozen=True, gc=False):
     """An answer that is good until `expires_at`, and no longer than no other `generation` has begun."""
 
     expires_at: float
@@ -59,7 +62,7 @@ class Entry(NamedTuple):
     generation: Generation
 
 
-class Put(NamedTuple):
+class Put(Struct, frozen=True, gc=False):
     key: str
     entry: Entry
     ttl: float

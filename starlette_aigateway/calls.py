@@ -21,7 +21,7 @@ from .types import Answer, CacheStatus, CallOptions, Completion, CompletionReque
 from .weight import Weight
 
 
-class PricedTarget(Struct, frozen=True):
+class PricedTarget(Struct, frozen=True, gc=False):
     """A planned target with everything that an attempt at it needs: its adapter, its price and what has to be held. `hidden`: it may make
     tokens that it does not send (reasoning). `obstacle` is why no cap could be held at it, if one has to be."""
 
@@ -33,7 +33,7 @@ class PricedTarget(Struct, frozen=True):
     obstacle: AIGatewayError | None = None
 
 
-class Offer(Struct, frozen=True, kw_only=True):
+class Offer(Struct, frozen=True, kw_only=True, gc=False):
     """What a call may cost at each of its targets, and the `scopes` that pay. `input_tokens` is the upper bound of its input; `bounded`
     says that the output of every attempt is to be bounded, since a cap has to be held. Without `enforce` limits are only reported, and
     `passed_over` is the refusal that the call would have got for a cost that is not known."""
@@ -106,7 +106,7 @@ class Bill:
         self.booked = False
 
 
-class Call(Struct, frozen=True):
+class Call(Struct, frozen=True, gc=False):
     """A call that was let in. `standing` tells whose limits hold for it; `started` and `deadline` are on the monotonic clock,
     `admitted_at` is Unix seconds; `stored` is the cached answer to it, else there is the `weight` of its request. `would_refuse` is the
     code of a window's refusal that was only reported."""
@@ -142,7 +142,7 @@ class Call(Struct, frozen=True):
         return "miss" if self.cache_key is not None else "bypass"
 
 
-class Done(Struct, frozen=True, kw_only=True):
+class Done(Struct, frozen=True, kw_only=True, gc=False):
     """A successful attempt, booked. `record` is None if the ledger could not be reached in time: the lease will book it.
 
     `lowered_to` is the output bound in tokens where the budget afforded less than was wanted; `bound_imposed` says that the gateway sent
@@ -157,7 +157,7 @@ class Done(Struct, frozen=True, kw_only=True):
     completion: Completion | None = None
 
 
-class Served(Struct, frozen=True, kw_only=True):
+class Served(Struct, frozen=True, kw_only=True, gc=False):
     """A whole answer and what the door says about it; `created` is Unix seconds. The completion of a cached answer is decoded only when
     somebody looks at it; `call` is the one that it answers."""
 

@@ -9,7 +9,7 @@ from msgspec import Struct
 from .accounts import UsageRecord, Window
 
 
-class CallRecorded(Struct, frozen=True, kw_only=True):
+class CallRecorded(Struct, frozen=True, kw_only=True, gc=False):
     """An attempt was booked; the record is in the ledger."""
 
     record: UsageRecord

@@ -274,7 +274,7 @@ class Adapter(Protocol):
     def open(self, call: ProviderCall) -> AbstractAsyncContextManager[ProviderAnswer]: ...
 
 
-class HTTPRequest(Struct, frozen=True):
+class HTTPRequest(Struct, frozen=True, gc=False):
     """A POST to a provider."""
 
     url: str

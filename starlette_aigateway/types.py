@@ -268,7 +268,7 @@ class PromptRef(Struct, frozen=True, kw_only=True):
     variables: Mapping[str, Any] = {}
 
 
-class CompletionRequest(Struct, frozen=True, kw_only=True):
+class CompletionRequest(Struct, frozen=True, kw_only=True, gc=False):
     """A call as the caller sent it. Named are the fields that the gateway decides on; every other one travels in `params` untouched.
 
     `messages` are mappings in the OpenAI chat shape. With a `prompt`, its messages come first and `model` may come from it.
@@ -290,7 +290,7 @@ class Native(Struct, frozen=True, gc=False):
     body: bytes
 
 
-class Completion(Struct, frozen=True, kw_only=True):
+class Completion(Struct, frozen=True, kw_only=True, gc=False):
     """A whole answer. `finish_reason` in OpenAI's terms: `stop`, `length`, `tool_calls`, `content_filter`.
 
     `usage` of None makes the gateway book an estimate. `native` is the provider's own body, which passes through to callers who
@@ -316,7 +316,7 @@ class Answer(Completion, frozen=True, kw_only=True):
     replayed: bool = False
 
 
-class Chunk(Struct, frozen=True, kw_only=True):
+class Chunk(Struct, frozen=True, kw_only=True, gc=False):
     """One piece of a stream. `delta` is a mapping in the OpenAI shape (`{"content": "Hel"}`), `index` the choice that it belongs to;
     the last chunks carry `finish_reason` and `usage`. `native` is the SSE event that it came as, if it came as one."""
 
@@ -335,7 +335,7 @@ class Chunk(Struct, frozen=True, kw_only=True):
         return content if isinstance(content, str) else ""
 
 
-class ProviderCall(Struct, frozen=True, kw_only=True):
+class ProviderCall(Struct, frozen=True, kw_only=True, gc=False):
     """One attempt, as an adapter gets it.
 
     `request` has its `model` mapped to the upstream's name and `max_tokens` set to the bound that the hold was made for (None: no
@@ -364,7 +364,7 @@ class CacheControl(Struct, frozen=True, kw_only=True, gc=False):
 CacheStatus = Literal["hit", "miss", "bypass"]
 
 
-class CallOptions(Struct, frozen=True, kw_only=True):
+class CallOptions(Struct, frozen=True, kw_only=True, gc=False):
     """What comes with a call besides the request. `timeout` is seconds for the whole call; `tags` end up in the usage record. An
     `idempotency_key` counts within its `route`: the path over HTTP. `present` tells whether the caller still waits; it is asked before
     another attempt of a call whose answer is whole, where leaving is not noticed otherwise."""

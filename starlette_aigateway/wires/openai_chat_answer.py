@@ -21,16 +21,16 @@ _SAFE_IDENTIFIER = re.compile(r"[a-z][a-z0-9_.]{0,63}")
 _encoder = msgspec.json.Encoder()
 
 
-class InputDetails(Struct):
+class InputDetails(Struct, gc=False):
     cached_tokens: int | None = None
     cache_write_tokens: int | None = None
 
 
-class OutputDetails(Struct):
+class OutputDetails(Struct, gc=False):
     reasoning_tokens: int | None = None
 
 
-class WireUsage(Struct):
+class WireUsage(Struct, gc=False):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int | None = None
@@ -38,12 +38,12 @@ class WireUsage(Struct):
     completion_tokens_details: OutputDetails | None = None
 
 
-class WireChoice(Struct):
+class WireChoice(Struct, gc=False):
     message: dict[str, Any]
     finish_reason: str | None = None
 
 
-class OfAnyUsage(Struct):
+class OfAnyUsage(Struct, gc=False):
     """A completion whose `usage` says nothing that we could believe, or is not there."""
 
     choices: list[WireChoice]

@@ -23,7 +23,7 @@ PROMPT_FIELDS = frozenset({"name", "version", "label", "variables"})
 _encoder = msgspec.json.Encoder()
 
 
-class ChatCall(Struct, frozen=True):
+class ChatCall(Struct, frozen=True, gc=False):
     """A decoded body. `include_usage` is whether the caller asked for the usage chunk of a stream."""
 
     request: CompletionRequest

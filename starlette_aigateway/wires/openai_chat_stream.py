@@ -26,13 +26,13 @@ _FOLLOWER = Native(WIRE, b"")
 _encoder = msgspec.json.Encoder()
 
 
-class WireDelta(Struct):
+class WireDelta(Struct, gc=False):
     index: int = 0
     delta: dict[str, Any] | None = None
     finish_reason: str | None = None
 
 
-class WireChunk(Struct):
+class WireChunk(Struct, gc=False):
     choices: list[WireDelta] | None = None
     usage: Raw = _NOTHING
     error: Raw = _NOTHING

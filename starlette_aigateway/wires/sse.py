@@ -19,7 +19,7 @@ class SSEError(ValueError):
     """A stream that cannot be read on: an event longer than the bound."""
 
 
-class SSEEvent(Struct, frozen=True):
+class SSEEvent(Struct, frozen=True, gc=False):
     """One dispatched event. `data` has its lines joined by LF, `raw` are the bytes to send it on with, blank line included."""
 
     event: str | None

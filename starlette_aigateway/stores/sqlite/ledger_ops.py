@@ -13,30 +13,30 @@ from ...events import BudgetReached
 from ...types import Caps
 
 
-class Reserve(Struct, frozen=True):
+class Reserve(Struct, frozen=True, gc=False):
     request: HoldRequest
     price: str | None
     now: float
 
 
-class Settle(Struct, frozen=True):
+class Settle(Struct, frozen=True, gc=False):
     hold_id: str
     settlement: Settlement
     now: float
 
 
-class Release(Struct, frozen=True):
+class Release(Struct, frozen=True, gc=False):
     hold_id: str
     now: float
     latency_ms: int | None
 
 
-class Renew(Struct, frozen=True):
+class Renew(Struct, frozen=True, gc=False):
     hold_id: str
     expires_at: float
 
 
-class Record(Struct, frozen=True):
+class Record(Struct, frozen=True, gc=False):
     record: UsageRecord
     price: str | None
 
@@ -103,7 +103,7 @@ class Ping(Struct, frozen=True):
     """Writes something of no meaning."""
 
 
-class Told(Struct, frozen=True):
+class Told(Struct, frozen=True, gc=False):
     """The outcome of one operation, and the thresholds that its batch has reached: known to hold once the batch is committed."""
 
     outcome: Outcome | AIGatewayError

@@ -117,7 +117,7 @@ ADJUSTED = ".adjust"
 """What the id of an `adjusted` record has after the hold's."""
 
 
-class HoldFacts(Struct, array_like=True):
+class HoldFacts(Struct, array_like=True, gc=False):
     """All that is known of a hold that is not resolved. `made_at` is never before the ledger's latest day. `caps` are those of each of
     the `scopes` as they were then, credits included; None where there were none."""
 
@@ -146,7 +146,7 @@ class HoldFacts(Struct, array_like=True):
         return Hold(id=self.id, amount=self.amount, made_at=self.made_at, expires_at=self.expires_at, would_refuse=self.would_refuse)
 
 
-class Limit(Struct, array_like=True):
+class Limit(Struct, array_like=True, gc=False):
     """What one scope was held under: its caps in nano-USD, and what running credits added to each. Without caps, nothing was enforced."""
 
     scope: str
@@ -160,7 +160,7 @@ class Limit(Struct, array_like=True):
         return raised(Caps(self.day, self.month, self.total), self.credit)
 
 
-class RunningCredit(Struct, array_like=True):
+class RunningCredit(Struct, array_like=True, gc=False):
     id: str
     scope: str
     amount: int

@@ -56,7 +56,7 @@ LONGEST_SECONDS = 10**9
 Figures: TypeAlias = "tuple[float, ...]"
 
 
-class Verdict(Struct, frozen=True):
+class Verdict(Struct, frozen=True, gc=False):
     """`usages` are in the order of the demands. Of a refusal, `blocked` is the position of the one that waits longest, and `wait` its
     microseconds, None for ever."""
 
@@ -72,7 +72,7 @@ class Pending(NamedTuple):
     finish: Callable[[Sequence[int]], Verdict | Figures]
 
 
-class Acquire(Struct, frozen=True):
+class Acquire(Struct, frozen=True, gc=False):
     """`windows` are those of the demands. Without `taking`, only tells: the usages are then those before it."""
 
     demands: Sequence[Demand]
@@ -112,7 +112,7 @@ class Acquire(Struct, frozen=True):
         return Pending(list(needs.values()), finish)
 
 
-class Peek(Struct, frozen=True):
+class Peek(Struct, frozen=True, gc=False):
     demands: Sequence[Demand]
 
     @property
@@ -123,7 +123,7 @@ class Peek(Struct, frozen=True):
         return Verdict([book.usage(demand) for demand in self.demands])
 
 
-class Adjust(Struct, frozen=True):
+class Adjust(Struct, frozen=True, gc=False):
     """`charged_at` in microseconds; None is now."""
 
     windows: Sequence[Window]
