@@ -6,7 +6,8 @@ directory, the cache. The limits are too large to refuse anything, and are count
 With `LEDGER=none` nothing is held or booked, so that the cost of the ledger itself can be told. With `DATA_DIR=<a directory>` that one is
 used and left there: by several workers, or filled before (`benchmarks/scale.py`). `RETENTION_DAYS=30` rolls up what is older.
 
-After the start the garbage collector is frozen, as `docs/performance.md` tells hosts; with `GC=default` it is not.
+After the start the garbage collector is told to look at less and less often, as `docs/performance.md` tells hosts; not with
+`GC=default`.
 `TRANSPORT` is `aiohttp` or `httptools`; without it, the gateway chooses.
 
     $ WORK=<a directory> uvicorn --app-dir benchmarks app:app --port 9201 --loop uvloop --http httptools --no-access-log
@@ -97,6 +98,7 @@ def build() -> Starlette:
                 if os.environ.get("GC") != "default":
                     gc.collect()
                     gc.freeze()
+                    gc.set_threshold(10_000, 20, 50)
                 yield
         finally:
             if given is None:
