@@ -298,3 +298,23 @@ def test_with_the_stores_down_every_admin_route_is_503_and_says_when_to_come_bac
             assert (answer.status_code, answer.json()["error"]["code"]) == (503, "storage_unavailable"), name_of(route)
             assert answer.headers["retry-after"] == "1"
     assert len(host.acted) == before, "what did not happen is not told"
+
+
+def test_a_connection_whose_body_was_not_read_ends_with_its_refusal_and_no_other_does(host: Service) -> None:
+    """A server closes it in any case, and without a word about it the client's next request is lost."""
+    body = {"model": "echo", "messages": [{"role": "user", "content": "hi"}]}
+    unread = [
+        host.call("POST", "/complete", FOREIGN, json=body),
+        host.call("POST", "/nowhere", ALICE, json=body),
+        host.call("POST", "/usage", ALICE, json=body),
+        host.call("POST", "/complete", ALICE | {"content-type": "text/plain"}, content=b"{}"),
+    ]
+    assert [(answer.status_code, answer.headers.get("connection")) for answer in unread] == [
+        (401, "close"), (404, "close"), (405, "close"), (415, "close"),
+    ]  # fmt: skip
+    read = [
+        host.call("POST", "/complete", ALICE, json=body),
+        host.call("POST", "/complete", ALICE, json={**body, "model": 5}),
+        host.call("GET", "/usage", FOREIGN),
+    ]
+    assert [(answer.status_code, answer.headers.get("connection")) for answer in read] == [(200, None), (400, None), (401, None)]

@@ -163,8 +163,6 @@ def refusal(error: Exception, exchange: Exchange) -> Response:
         response = error_response(named(error, exchange))
         if isinstance(error, tuple(TO_THE_HOST)):
             log.error("request %s was refused, the host has to mend this: %s", exchange.request_id, error.message)
-        if isinstance(error, RequestTimeout | RequestTooLarge) and exchange.scope.get("http_version", "1.1").startswith("1"):
-            response.headers["connection"] = "close"  # the rest of the body would have to be read first, however long it is
     elif isinstance(error, HTTPException):
         response = host_refusal(error, exchange.request_id)
     elif isinstance(error, OtherMethods):
@@ -174,8 +172,17 @@ def refusal(error: Exception, exchange: Exchange) -> Response:
     else:
         log.error("request %s failed unexpectedly", exchange.request_id, exc_info=error)
         response = error_response(named(AIGatewayError("something went wrong in the gateway; its log has the details"), exchange))
+    if exchange.has_unread_body or isinstance(error, RequestTimeout | RequestTooLarge):
+        close_after(response, exchange)
     response.headers.update(as_text(exchange.id_headers))
     return response
+
+
+def close_after(response: Response, exchange: Exchange) -> None:
+    """The rest of the body would have to be read before the next request, however long it is. A server that closes the connection without
+    a word takes the client's next request with it (RFC 9112, section 9.6)."""
+    if exchange.scope.get("http_version", "1.1").startswith("1"):
+        response.headers["connection"] = "close"
 
 
 def named(error: AIGatewayError, exchange: Exchange) -> AIGatewayError:

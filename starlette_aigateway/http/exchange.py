@@ -49,6 +49,7 @@ class Exchange(Struct, kw_only=True):
     has_admins: bool
     caller: Principal | None = None
     admin: Admin | None = None
+    body_read: bool = False
 
     @property
     def connection(self) -> Connection:
@@ -80,6 +81,7 @@ class Exchange(Struct, kw_only=True):
         """The body, which has to say that it is JSON. Raises as `json` does."""
         first = self.first
         bodies.require_json(first.get(b"content-type", b""))
+        self.body_read = True
         return bodies.read(self.receive, first.get(b"content-length", b""), self.max_body_bytes, self.receive_seconds)
 
     def complete(self, request: CompletionRequest, options: CallOptions) -> Awaitable[Served]:
@@ -106,6 +108,10 @@ class Exchange(Struct, kw_only=True):
         """An answer that came from the cache is given `again` to the same body."""
         if served.call is not None:
             self.pipeline.repeats.learn(body, served.call)
+
+    @property
+    def has_unread_body(self) -> bool:
+        return not self.body_read and (self.first.get(b"content-length", b"0") != b"0" or b"transfer-encoding" in self.first)
 
     async def present(self) -> bool:
         return await present(self.receive)
