@@ -33,6 +33,9 @@ MAX_BATCH = 256
 """Operations after which a batch takes no more; what one pass of an event loop brings is never divided."""
 MAX_AT_ONCE = 128
 """Operations that an event loop may carry out itself: a millisecond or two."""
+ENOUGH = 32
+PASSES = 3
+"""Passes of its event loop that a batch of less than `ENOUGH` operations waits for more, where another one was under way."""
 SLOW = 0.05
 REST = 1.0
 """A batch that held up the event loop for longer than `SLOW` seconds is followed by `REST` seconds in which it carries out none."""
@@ -115,13 +118,21 @@ class GroupCommit(Generic[Op, Result]):
         if not waiters:
             return
         if writer is not None and self._store.quick:
-            match writer.at_once(waiters, Again(waiters[0].wakeup, lambda: self._end_pass(loop), lambda: self._submit(loop))):
+            match writer.at_once(waiters, Again(waiters[0].wakeup, lambda: self._pass_by(loop, PASSES), lambda: self._submit(loop))):
                 case AtOnce.LATER:
                     return
                 case AtOnce.DONE:
                     del self._gathered[loop]
                     return
         self._submit(loop)
+
+    def _pass_by(self, loop: int, passes: int) -> None:
+        """Where the loop is busy, a few passes make the next batch larger; where it is not, they take no time."""
+        waiters = self._gathered.get(loop)
+        if waiters and passes and len(waiters) < ENOUGH:
+            waiters[0].wakeup.soon(lambda: self._pass_by(loop, passes - 1))
+        else:
+            self._end_pass(loop)
 
     def _submit(self, loop: int) -> None:
         waiters = self._gathered.pop(loop, None)
