@@ -14,7 +14,7 @@ import pytest
 
 from starlette_aigateway.errors import NotFound, StorageUnavailable
 from starlette_aigateway.stores.sqlite import commit as commit_module
-from starlette_aigateway.stores.sqlite.commit import GroupCommit, Stage
+from starlette_aigateway.stores.sqlite.commit import GroupCommit
 from tests.test_commit import Store, together
 
 pytestmark = pytest.mark.anyio
@@ -58,7 +58,7 @@ def locked(store: Store) -> Iterator[None]:
 async def with_the_thread(commit: GroupCommit[int, int]) -> None:
     writer = commit._writer
     assert writer is not None
-    while writer._stage is Stage.IDLE:
+    while not (writer._asked or writer._thread_commits):
         await anyio.lowlevel.checkpoint()
 
 

@@ -19,8 +19,8 @@ import pytest
 from starlette_aigateway.errors import StorageUnavailable
 from starlette_aigateway.stores.sqlite import commit as commit_module
 from starlette_aigateway.stores.sqlite import transactions, write_ahead_log
-from starlette_aigateway.stores.sqlite.commit import Stage
 from starlette_aigateway.stores.sqlite.ledger import SQLiteLedger
+from starlette_aigateway.stores.sqlite.ledger_batch import Batch
 from starlette_aigateway.stores.sqlite.witness import Witness, noted
 from starlette_aigateway.stores.sqlite.write_ahead_log import WriteAheadLog
 from starlette_aigateway.testing.ledger_kit import NOON, assert_clean, completed, gather, hold_request, money
@@ -67,10 +67,12 @@ def syncs(monkeypatch: pytest.MonkeyPatch) -> Syncs:
     return made
 
 
-@pytest.fixture(params=["the event loop commits", "the thread commits"], autouse=True)
+@pytest.fixture(params=["the event loop commits", "the event loop commits during a sync", "the thread commits"], autouse=True)
 def committing(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(commit_module, "SLOW", 1e9)
-    if request.param == "the thread commits":
+    if request.param == "the event loop commits during a sync":
+        monkeypatch.setattr(commit_module, "ENOUGH", 1)
+    elif request.param == "the thread commits":
         monkeypatch.setattr(commit_module, "MAX_AT_ONCE", 0)
 
 
@@ -153,7 +155,10 @@ async def test_no_lock_is_held_while_the_disk_is_waited_for(ledger: SQLiteLedger
     assert await money(ledger) == (0, 2)
 
 
-async def test_what_comes_during_a_sync_is_one_batch_with_one_sync(ledger: SQLiteLedger, syncs: Syncs) -> None:
+async def test_what_comes_during_a_sync_is_one_batch_with_one_sync(
+    ledger: SQLiteLedger, syncs: Syncs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(commit_module, "ENOUGH", 24)
     gate = syncs.before = Gate()
     syncs.count = 0
     async with anyio.create_task_group() as group:
@@ -186,6 +191,70 @@ async def test_a_sync_that_fails_is_told_and_what_it_left_in_doubt_is_brought_ho
     await reserve(peer, "peer")
     await assert_clean(ledger)
     assert await money(ledger) == (0, 4)
+
+
+async def test_what_was_committed_while_a_sync_failed_is_told_to_nobody_either(
+    ledger: SQLiteLedger, path: Path, syncs: Syncs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(commit_module, "ENOUGH", 3)
+    gate, told = Gate(), list[str]()
+
+    def fail() -> None:
+        syncs.before = lambda: None
+        gate()
+        raise OSError(errno.EIO, "no")
+
+    async def lost(name: str) -> None:
+        with pytest.raises(StorageUnavailable):
+            await reserve(ledger, name, told)
+
+    syncs.before = fail
+    async with anyio.create_task_group() as group:
+        group.start_soon(lost, "first")
+        await gate.until_reached()
+        if commit_module.MAX_AT_ONCE:
+            for name in ("second", "third", "fourth"):
+                group.start_soon(lost, name)
+            with anyio.fail_after(5):
+                while len(holds(path)) < 4:  # until they are committed
+                    await anyio.lowlevel.checkpoint()
+        gate.opened.set()
+    assert told == []
+    await reserve(ledger, "after", told)
+    await assert_clean(ledger)
+    assert told == ["after"]
+
+
+async def test_a_batch_that_fails_while_another_is_synced_harms_neither_that_one_nor_the_next(
+    ledger: SQLiteLedger, path: Path, syncs: Syncs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(commit_module, "ENOUGH", 2)
+    gate = syncs.before = Gate()
+    told: list[str] = []
+    async with anyio.create_task_group() as group:
+        group.start_soon(reserve, ledger, "first", told)
+        await gate.until_reached()
+
+        def broken(_batch: Batch) -> None:
+            raise sqlite3.OperationalError("disk I/O error")
+
+        async def fails(name: str) -> None:
+            with pytest.raises(StorageUnavailable):
+                await reserve(ledger, name, told)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(Batch, "flush", broken)
+            async with anyio.create_task_group() as failing:
+                for name in ("second", "third"):
+                    failing.start_soon(fails, name)
+                for _ in range(10):
+                    await anyio.lowlevel.checkpoint()
+                await anyio.wait_all_tasks_blocked()
+                gate.opened.set()
+        await reserve(ledger, "last", told)
+    assert told == ["first", "last"]
+    assert holds(path) == {"use_first", "use_last"}
+    await assert_clean(ledger)
 
 
 async def test_while_a_reader_keeps_the_doubtful_log_nothing_is_granted(ledger: SQLiteLedger, path: Path, syncs: Syncs) -> None:
@@ -240,7 +309,7 @@ def test_what_waits_for_a_sync_is_carried_out_though_its_event_loop_is_closed(pa
     writer = ledger._commit._writer
     assert writer is not None
     gate.opened.set()
-    while writer._stage is not Stage.IDLE:
+    while not writer._idle:
         pass
     asyncio.run(ledger.aclose())
     assert holds(path) == {"use_first", "use_a", "use_b"}

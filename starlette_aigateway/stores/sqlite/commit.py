@@ -33,9 +33,10 @@ MAX_BATCH = 256
 """Operations after which a batch takes no more; what one pass of an event loop brings is never divided."""
 MAX_AT_ONCE = 128
 """Operations that an event loop may carry out itself: a millisecond or two."""
-ENOUGH = 32
+ENOUGH = 24
+"""Operations that begin the next batch while the one before it is synced. Fewer wait for that sync, for larger batches."""
 PASSES = 3
-"""Passes of its event loop that a batch of less than `ENOUGH` operations waits for more, where another one was under way."""
+"""Passes of its event loop that a batch of less than `ENOUGH` operations waits for more after that."""
 SLOW = 0.05
 REST = 1.0
 """A batch that held up the event loop for longer than `SLOW` seconds is followed by `REST` seconds in which it carries out none."""
@@ -111,6 +112,8 @@ class GroupCommit(Generic[Op, Result]):
             waiter.wakeup.soon(lambda: self._end_pass(loop))
         else:
             gathered.append(waiter)
+            if len(gathered) == ENOUGH:
+                waiter.wakeup.soon(lambda: self._end_pass(loop))
 
     def _end_pass(self, loop: int) -> None:
         """In the loop."""
@@ -179,15 +182,6 @@ class AtOnce(Enum):
     THREAD = auto()
 
 
-class Stage(Enum):
-    """Where the one batch is that is under way: nowhere; with the thread, which takes whatever comes along until it has the lock; or past
-    that, on either thread."""
-
-    IDLE = auto()
-    OPEN = auto()
-    CLOSED = auto()
-
-
 class Committed(NamedTuple, Generic[Op, Result]):
     """A batch that lasts once it is synced."""
 
@@ -204,7 +198,12 @@ class Writer(Generic[Op, Result]):
         self._turn = threading.Lock()
         self._queue: SimpleQueue[list[Waiter[Op, Result]] | Committed[Op, Result] | None] = SimpleQueue()
         self._guard = threading.Lock()
-        self._stage = Stage.IDLE
+        self._asked = 0
+        """Batches that are the thread's and that it has not taken yet: until it has the lock, what comes joins them."""
+        self._loop_commits = self._thread_commits = False
+        self._syncing = 0
+        """Batches of event loops that are committed and wait for a sync."""
+        self._came_between: list[Committed[Op, Result]] = []
         self._again: dict[int, Again] = {}
         self._unnoted_since: float | None = None
         self._resting_until = 0.0
@@ -214,8 +213,7 @@ class Writer(Generic[Op, Result]):
 
     def put(self, waiters: list[Waiter[Op, Result]]) -> None:
         with self._guard:
-            if self._stage is Stage.IDLE:
-                self._stage = Stage.OPEN
+            self._asked += 1
             self._queue.put(waiters)
 
     def stop(self) -> None:
@@ -231,80 +229,102 @@ class Writer(Generic[Op, Result]):
         self._transactions.lock.close()
 
     def at_once(self, waiters: Sequence[Waiter[Op, Result]], again: Again) -> AtOnce:
-        """Carries them out on the thread of their event loop, if nothing is under way, they are few and nothing has to be waited for."""
+        """Carries them out on the thread of their event loop, if nothing is under way but a sync, they are few and nothing has to be waited
+        for."""
         began = time.monotonic()
         with self._guard:
-            if self._stage is Stage.CLOSED:
+            if self._asked or self._stopping or len(waiters) > MAX_AT_ONCE or began < self._resting_until:
+                return AtOnce.THREAD
+            if self._loop_commits or self._thread_commits or (self._syncing and len(waiters) < ENOUGH):
                 self._again[id(again.wakeup.loop)] = again
                 return AtOnce.LATER
-            if self._stage is Stage.OPEN or self._stopping or len(waiters) > MAX_AT_ONCE or began < self._resting_until:
-                return AtOnce.THREAD
-            self._stage = Stage.CLOSED
-            if not self._lasts_at_once:
-                self._again[id(again.wakeup.loop)] = again
+            self._loop_commits = True
         outcomes = self._outcomes_at_once(waiters)
         ended = time.monotonic()
         if ended - began > SLOW:
             self._resting_until = ended + REST
-        if outcomes is None:
-            begin_again(self._over())
-            return AtOnce.THREAD
-        if self._lasts_at_once:
+        if outcomes is not None and self._lasts_at_once:
             deliver(waiters, outcomes)
             for waiter in waiters:
                 waiter.wakeup.ring()
-            begin_again(self._over())
-        else:
-            self._queue.put(Committed(waiters, outcomes))
-        return AtOnce.DONE
+        begin_again(self._committed(None if outcomes is None or self._lasts_at_once else Committed(waiters, outcomes)))
+        return AtOnce.THREAD if outcomes is None else AtOnce.DONE
 
     def _outcomes_at_once(self, waiters: Sequence[Waiter[Op, Result]]) -> Sequence[Result | BaseException] | None:
-        """None: something would have to be waited for, the house that the thread keeps perhaps."""
+        """None: something would have to be waited for, the house that the thread keeps perhaps. So is what failed while the thread syncs:
+        it tries that again, and closes what is broken when nothing needs it any more."""
         if not self._turn.acquire(blocking=False):
             return None
         try:
             return self._transactions.at_once([waiter.op for waiter in waiters])
         except Exception as error:  # noqa: BLE001  # as below
-            return self._transactions.fail(error, len(waiters))
+            return None if self._syncing else self._transactions.fail(error, len(waiters))
         finally:
             self._turn.release()
 
-    def _over(self) -> Sequence[Again]:
-        """The batch that was under way is, on either thread: the next one is that of the queue, or of whoever comes. Gives those who asked
-        meanwhile."""
+    def _committed(self, batch: Committed[Op, Result] | None) -> Sequence[Again]:
+        """On the event loop: a transaction is over, and `batch` waits for a sync. Gives those who asked meanwhile."""
         with self._guard:
-            self._stage = Stage.OPEN if self._queue.qsize() else Stage.IDLE
-            again, self._again = self._again, {}
-            if self._stopping:
-                self._queue.put(None)
+            self._loop_commits = False
+            if batch is not None:
+                self._syncing += 1
+                self._queue.put(batch)
+            return self._over()
+
+    def _synced_one(self) -> Sequence[Again]:
+        with self._guard:
+            self._syncing -= 1
+            return self._over()
+
+    def _carried_out(self) -> Sequence[Again]:
+        with self._guard:
+            self._thread_commits = False
+            return self._over()
+
+    def _over(self) -> Sequence[Again]:
+        """Those who wanted to begin meanwhile. Under the guard."""
+        again, self._again = self._again, {}
+        if self._stopping:
+            self._queue.put(None)
         return list(again.values())
 
     def _work(self) -> None:
         try:
-            while not (self._stopped and self._stage is not Stage.CLOSED):
+            while not (self._stopped and self._idle):
                 match self._next():
                     case None:
                         self._stopped = True
                     case Committed(batch, outcomes):
-                        self._finish(batch, outcomes)
+                        self._finish(batch, outcomes, self._synced_one)
                     case batch:
                         with self._turn:
                             outcomes = self._outcomes(batch)
-                        self._finish(batch, outcomes)
+                        self._finish(batch, outcomes, self._carried_out)
+                        between, self._came_between = self._came_between, []
+                        for earlier in between:
+                            self._finish(*earlier, self._synced_one)
         finally:
             with self._turn:
                 self._transactions.note()
                 self._transactions.close()
 
-    def _finish(self, batch: Sequence[Waiter[Op, Result]], outcomes: Sequence[Result | BaseException]) -> None:
+    @property
+    def _idle(self) -> bool:
+        """For the thread: nothing is with an event loop, and nothing comes from one any more."""
+        with self._guard:
+            return not (self._loop_commits or self._syncing or self._asked)
+
+    def _finish(
+        self, batch: Sequence[Waiter[Op, Result]], outcomes: Sequence[Result | BaseException], over: Callable[[], Sequence[Again]]
+    ) -> None:
         deliver(batch, self._synced(outcomes))
         full = self._transactions.full
-        again = () if full else self._over()
+        again = () if full else over()
         ring_all([waiter.wakeup for waiter in batch if waiter.failed is None])
         if full:
             with self._turn:
                 self._transactions.checkpoint()
-            again = self._over()
+            again = over()
         begin_again(again)
         if self._unnoted_since is None and not self._transactions.noted:
             self._unnoted_since = time.monotonic()
@@ -343,15 +363,21 @@ class Writer(Generic[Op, Result]):
         self._unnoted_since = None
 
     def _take(self, batch: list[Waiter[Op, Result]]) -> Sequence[Op]:
+        """`batch` and what was asked for since. From the first call for a batch on it is under way."""
         with self._guard:
-            self._stage = Stage.CLOSED
-        while len(batch) < MAX_BATCH and self._queue.qsize():
-            waiters = self._queue.get()
-            if waiters is None:
-                self._stopped = True
-                break
-            assert not isinstance(waiters, Committed), "nothing is committed while a batch is with the thread"
-            batch.extend(waiters)
+            if not self._thread_commits:
+                self._thread_commits = True
+                self._asked -= 1
+            while len(batch) < MAX_BATCH and self._queue.qsize():
+                match self._queue.get():
+                    case None:
+                        self._stopped = True
+                        break
+                    case Committed(waiters, outcomes):  # an event loop was about to say so when this was asked for
+                        self._came_between.append(Committed(waiters, outcomes))
+                    case more:
+                        self._asked -= 1
+                        batch.extend(more)
         return [waiter.op for waiter in batch]
 
 

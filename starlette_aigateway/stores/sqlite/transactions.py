@@ -133,7 +133,9 @@ class Transactions(Generic[Op, Result]):
         self.noted = True
 
     def close(self) -> None:
-        """The lock file may be another one by now as well."""
+        """The lock file may be another one by now as well. What is not synced yet is, or is in doubt from now on."""
+        with suppress(OSError, StorageUnavailable):
+            self.sync()
         self.noted = True
         self._unsynced = False
         self.lock.close()
