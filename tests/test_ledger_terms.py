@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from starlette_aigateway.accounts import ScopeClaim
 from starlette_aigateway.errors import RequestError, SpendCapExceeded
 from starlette_aigateway.policy.budgets import Balance, Books, Periods, grant
+from starlette_aigateway.stores.sqlite import ledger_memory
+from starlette_aigateway.stores.sqlite.connection import connect
 from starlette_aigateway.stores.sqlite.ledger import SQLiteLedger
+from starlette_aigateway.stores.sqlite.ledger_ops import AddCredit, EndCredit
+from starlette_aigateway.stores.sqlite.ledger_schema import SCHEMA, Prices
 from starlette_aigateway.stores.sqlite.ledger_terms import Terms
+from starlette_aigateway.stores.sqlite.ledger_writer import BatchWriter
 from starlette_aigateway.testing.ledger_kit import ACME, ALICE, NOON, assert_clean, hold_request
 from starlette_aigateway.testing.ledger_limits import credit
 from starlette_aigateway.types import NO_CAPS, Caps
@@ -87,3 +94,25 @@ async def test_claims_that_come_again_meet_every_cap_and_credit_that_was_changed
     assert await granted(NOON + 3599)
     assert not await granted(NOON + 3600), "it has lapsed"
     await assert_clean(ledger)
+
+
+def test_terms_are_kept_of_so_many_claims_and_right_for_all_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ledger_memory, "MOST_TERMS", 2)
+    memory = ledger_memory.Memory()
+    many = [(ScopeClaim(f"principal:{number}", Caps(total=number)),) for number in range(5)]
+    for _ in range(2):
+        for claims in many:
+            assert memory.terms_of(claims).caps == (claims[0].caps,)
+            assert memory.terms_of(claims) is memory.terms_of(claims)
+            assert len(memory._terms) <= 2
+
+
+def test_a_credit_that_is_ended_twice_in_one_batch_ends_once(tmp_path: Path) -> None:
+    with closing(connect(tmp_path / "ledger.db", durability="OFF", schema=SCHEMA)) as connection:
+        one = credit("c", 60)
+        ops = [AddCredit(one), EndCredit(one.id, NOON), EndCredit(one.id, NOON + 1)]
+        added, first, second = BatchWriter(Prices()).apply(connection, ops)
+        assert added == one
+        assert first == second == replace(one, ended_at=NOON)
+        amounts = [amount for (amount,) in connection.execute("SELECT amount FROM entries WHERE hold = ?", (one.id,))]
+    assert amounts == [60, -60]
