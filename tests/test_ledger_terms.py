@@ -17,7 +17,7 @@ from starlette_aigateway.policy.budgets import Balance, Books, Periods, grant
 from starlette_aigateway.stores.sqlite import ledger_memory
 from starlette_aigateway.stores.sqlite.connection import connect
 from starlette_aigateway.stores.sqlite.ledger import SQLiteLedger
-from starlette_aigateway.stores.sqlite.ledger_ops import AddCredit, EndCredit
+from starlette_aigateway.stores.sqlite.ledger_ops import AddCredit, EndCredit, Op
 from starlette_aigateway.stores.sqlite.ledger_schema import SCHEMA, Prices
 from starlette_aigateway.stores.sqlite.ledger_terms import Terms
 from starlette_aigateway.stores.sqlite.ledger_writer import BatchWriter
@@ -110,7 +110,7 @@ def test_terms_are_kept_of_so_many_claims_and_right_for_all_others(monkeypatch: 
 def test_a_credit_that_is_ended_twice_in_one_batch_ends_once(tmp_path: Path) -> None:
     with closing(connect(tmp_path / "ledger.db", durability="OFF", schema=SCHEMA)) as connection:
         one = credit("c", 60)
-        ops = [AddCredit(one), EndCredit(one.id, NOON), EndCredit(one.id, NOON + 1)]
+        ops: list[Op] = [AddCredit(one), EndCredit(one.id, NOON), EndCredit(one.id, NOON + 1)]
         added, first, second = BatchWriter(Prices()).apply(connection, ops)
         assert added == one
         assert first == second == replace(one, ended_at=NOON)
