@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Awaitable
 from typing import Generic, TypeVar
 
-from .wakeup import Wakeup, running_loop, wakeup
+from .wakeup import Wakeup, running_asyncio_loop, wakeup
 
 T = TypeVar("T")
 
@@ -18,7 +18,7 @@ class Channel(Generic[T]):
     def __init__(self, size: int) -> None:
         self._items: list[T] = []
         self._size = size
-        self._loop = running_loop()
+        self._loop = running_asyncio_loop()
         self._future: asyncio.Future[None] | None = None
         self._reader: Wakeup | None = None
         self._writer: Wakeup | None = None

@@ -174,14 +174,6 @@ def running_asyncio_loop() -> asyncio.AbstractEventLoop | None:
         return None
 
 
-def running_loop() -> asyncio.AbstractEventLoop | None:
-    """asyncio's, if it runs."""
-    try:
-        return asyncio.get_running_loop()
-    except RuntimeError:  # not asyncio
-        return None
-
-
 def current_loop() -> object:
     """What tells the event loop that runs now from others: asyncio's own, or trio's token."""
     try:

@@ -32,7 +32,7 @@ class Store:
         self.entered = threading.Event()
         self.go_on = threading.Event()
         self.go_on.set()
-        self.fault: Exception | None = None
+        self.fault: BaseException | None = None
 
     def connect(self) -> sqlite3.Connection:
         self.opened += 1

@@ -14,7 +14,7 @@ import pytest
 
 from starlette_aigateway.errors import NotFound, StorageUnavailable
 from starlette_aigateway.stores.sqlite import commit as commit_module
-from starlette_aigateway.stores.sqlite.commit import GroupCommit
+from starlette_aigateway.stores.sqlite.commit import GroupCommit, Waiter
 from tests.test_commit import Store, together
 
 pytestmark = pytest.mark.anyio
@@ -164,6 +164,23 @@ async def test_a_storage_fault_rolls_all_back_and_the_next_batch_opens_anew(stor
     assert await commit.run(3) == 6
     assert store.opened == 2
     assert store.stored() == [0, 3]
+
+
+async def test_a_process_that_is_interrupted_in_a_batch_takes_it_back_and_can_still_close(
+    store: Store, commit: GroupCommit[int, int]
+) -> None:
+    """Ctrl-C comes at any line of the main thread. What it interrupted is carried out at the end, by the thread."""
+    writer = commit._writer
+    assert writer is not None
+    waiters = [Waiter[int, int](1)]
+    commit._gathered[id(waiters[0].wakeup.loop)] = waiters
+    store.fault = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        commit._end_pass(id(waiters[0].wakeup.loop))
+    assert store.stored() == [0]
+    with anyio.fail_after(10):
+        await anyio.to_thread.run_sync(commit.close, abandon_on_cancel=True)
+    assert store.stored() == [0, 1]
 
 
 async def test_what_nobody_waits_for_is_carried_out_in_order_and_a_failure_is_told(store: Store, commit: GroupCommit[int, int]) -> None:

@@ -239,7 +239,11 @@ class Writer(Generic[Op, Result]):
                 self._again[id(again.wakeup.loop)] = again
                 return AtOnce.LATER
             self._loop_commits = True
-        outcomes = self._outcomes_at_once(waiters)
+        try:
+            outcomes = self._outcomes_at_once(waiters)
+        except BaseException:  # the process is interrupted; the batch was taken back
+            begin_again(self._committed(None))
+            raise
         ended = time.monotonic()
         if ended - began > SLOW:
             self._resting_until = ended + REST
