@@ -70,6 +70,22 @@ async def test_what_one_pass_brings_is_one_batch_on_the_thread_of_the_loop(store
     assert isinstance((await together(commit, [-5]))[-5], NotFound)
 
 
+async def test_where_several_come_at_a_time_the_next_batch_waits_some_passes_for_more_and_a_call_alone_waits_for_none(
+    store: Store, commit: GroupCommit[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(commit_module, "PASSES", 10**9)
+    for alone in (1, 2):
+        await commit.run(alone)
+    await together(commit, [3, 4])
+    many = range(5, 5 + commit_module.ENOUGH)
+    async with anyio.create_task_group() as group:
+        for op in many:
+            group.start_soon(commit.run, op)
+            await anyio.lowlevel.checkpoint()
+    assert [sorted(batch) for batch in store.batches] == [[1], [2], [3, 4], [*many]]
+    assert store.threads == [HERE()] * 4
+
+
 @pytest.mark.parametrize("how", ["by the lock file", "in the database"])
 async def test_a_lock_of_another_process_is_awaited_by_the_thread_and_not_by_the_loop(
     store: Store, commit: GroupCommit[int, int], how: str

@@ -36,7 +36,8 @@ MAX_AT_ONCE = 128
 ENOUGH = 24
 """Operations that begin the next batch while the one before it is synced. Fewer wait for that sync, for larger batches."""
 PASSES = 3
-"""Passes of its event loop that a batch of less than `ENOUGH` operations waits for more after that."""
+"""Passes of its event loop that a batch of less than `ENOUGH` operations waits for more: after that, and where the loop is busy, so that
+the one before it had several."""
 SLOW = 0.05
 REST = 1.0
 """A batch that held up the event loop for longer than `SLOW` seconds is followed by `REST` seconds in which it carries out none."""
@@ -74,6 +75,8 @@ class GroupCommit(Generic[Op, Result]):
         self._guard = threading.Lock()
         self._writer: Writer[Op, Result] | None = None
         self._gathered: dict[int, list[Waiter[Op, Result]]] = {}
+        self._busy = False
+        """Whether the last batch had several operations."""
 
     async def run(self, op: Op) -> Result:
         waiter: Waiter[Op, Result] = Waiter(op)
@@ -102,14 +105,16 @@ class GroupCommit(Generic[Op, Result]):
             writer.join()
 
     def _gather(self, waiter: Waiter[Op, Result]) -> None:
-        """What one pass of the event loop brings is carried out together: the thread is woken once, and begins with a batch."""
+        """What one pass of the event loop brings is carried out together, and what a few bring where it is busy: each transaction costs
+        as much as several operations. The thread is woken once, and begins with a batch."""
         if self._pid != THIS.pid:
             self._forget_parent()
         loop = id(waiter.wakeup.loop)
         gathered = self._gathered.get(loop)
         if gathered is None:
             self._gathered[loop] = [waiter]
-            waiter.wakeup.soon(lambda: self._end_pass(loop))
+            passes = PASSES if self._busy else 0
+            waiter.wakeup.soon(lambda: self._pass_by(loop, passes))
         else:
             gathered.append(waiter)
             if len(gathered) == ENOUGH:
@@ -120,6 +125,7 @@ class GroupCommit(Generic[Op, Result]):
         writer, waiters = self._writer, self._gathered.get(loop)
         if not waiters:
             return
+        self._busy = len(waiters) > 1
         if writer is not None and self._store.quick:
             match writer.at_once(waiters, Again(waiters[0].wakeup, lambda: self._pass_by(loop, PASSES), lambda: self._submit(loop))):
                 case AtOnce.LATER:
