@@ -4,6 +4,7 @@ import fcntl
 import os
 import sqlite3
 import threading
+import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import closing, contextmanager
 from math import inf
@@ -206,6 +207,45 @@ async def test_what_nobody_waits_for_is_carried_out_in_order_and_a_failure_is_to
     assert await commit.run(2) == 4
     assert [type(failure) for failure in failures] == [NotFound]
     assert store.batches == [[1, -1, 2]]
+
+
+async def test_closing_from_another_thread_in_the_midst_of_a_batch_carries_nothing_out_twice(
+    store: Store, commit: GroupCommit[int, int]
+) -> None:
+    closer = threading.Thread(target=commit.close)
+
+    def close_meanwhile() -> None:
+        store.entered.wait()
+        closer.start()
+        while commit._writer is not None:
+            time.sleep(0)
+        store.go_on.set()
+
+    store.entered.clear()
+    store.go_on.clear()
+    meanwhile = threading.Thread(target=close_meanwhile)
+    meanwhile.start()
+    assert await commit.run(1) == 2
+    meanwhile.join()
+    await anyio.to_thread.run_sync(closer.join)
+    assert store.batches == [[1]]
+    assert store.stored() == [0, 1]
+
+
+async def test_what_waits_for_more_passes_is_carried_out_at_the_end_also_where_its_caller_was_cancelled(
+    store: Store, commit: GroupCommit[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(commit_module, "PASSES", 10**9)
+    await together(commit, [1, 2])
+    async with anyio.create_task_group() as group:
+        group.start_soon(commit.run, 3)
+        while not commit._gathered:
+            await anyio.lowlevel.checkpoint()
+        group.cancel_scope.cancel()
+    commit.tell(4, lambda _failure: None)
+    assert store.stored() == [0, 1, 2]
+    await anyio.to_thread.run_sync(commit.close)
+    assert store.stored() == [0, 1, 2, 3, 4]
 
 
 async def test_closing_carries_out_what_waits_and_a_later_run_opens_again(store: Store, commit: GroupCommit[int, int]) -> None:

@@ -8,8 +8,9 @@ interpreter lock, few statements also means few waits for the event loop's threa
 Between processes a lock file stands before the database: SQLite's own busy handler sleeps ever longer and starves its waiters
 (seconds at four processes). What waits joins the batch until the moment the lock is ours.
 
-The event loop carries out a batch itself, at the end of a pass, where nothing at all has to be waited for: two changes of threads cost more
-than the batch. The thread does what waits: opening the file, locks of others, syncs to the disk. What comes meanwhile is the next batch.
+The event loop carries out a batch itself, at the end of a pass or of a few, where nothing at all has to be waited for: two changes of
+threads cost more than the batch. The thread does what waits: opening the file, locks of others, syncs to the disk. What comes meanwhile is
+the next batch.
 """
 
 from __future__ import annotations
@@ -121,19 +122,23 @@ class GroupCommit(Generic[Op, Result]):
                 waiter.wakeup.soon(lambda: self._end_pass(loop))
 
     def _end_pass(self, loop: int) -> None:
-        """In the loop."""
-        writer, waiters = self._writer, self._gathered.get(loop)
+        """In the loop. What it carries out is taken from where a `close` in another thread would find it."""
+        writer, waiters = self._writer, self._gathered.pop(loop, None)
         if not waiters:
             return
         self._busy = len(waiters) > 1
-        if writer is not None and self._store.quick:
-            match writer.at_once(waiters, Again(waiters[0].wakeup, lambda: self._pass_by(loop, PASSES), lambda: self._submit(loop))):
-                case AtOnce.LATER:
-                    return
-                case AtOnce.DONE:
-                    del self._gathered[loop]
-                    return
-        self._submit(loop)
+        if writer is None or not self._store.quick:
+            self._put(waiters)
+            return
+        try:
+            became = writer.at_once(waiters, Again(waiters[0].wakeup, lambda: self._pass_by(loop, PASSES), lambda: self._submit(loop)))
+        except BaseException:  # the process is interrupted
+            self._gathered[loop] = waiters
+            raise
+        if became is AtOnce.LATER:
+            self._gathered[loop] = waiters
+        elif became is AtOnce.THREAD:
+            self._put(waiters)
 
     def _pass_by(self, loop: int, passes: int) -> None:
         """Where the loop is busy, a few passes make the next batch larger; where it is not, they take no time."""
@@ -145,8 +150,10 @@ class GroupCommit(Generic[Op, Result]):
 
     def _submit(self, loop: int) -> None:
         waiters = self._gathered.pop(loop, None)
-        if waiters is None:
-            return
+        if waiters is not None:
+            self._put(waiters)
+
+    def _put(self, waiters: list[Waiter[Op, Result]]) -> None:
         with self._guard:
             if self._writer is None:
                 self._writer = Writer(self._store)
