@@ -51,6 +51,21 @@ async def test_a_credit_carries_a_principal_over_its_cap_until_it_expires(clock:
         assert await gateway.check_ledger() == []
 
 
+async def test_a_credit_that_is_over_leaves_the_others_of_its_scope_running(clock: FakeClock) -> None:
+    who = Principal("alice", monthly_cap_usd="1.5")
+    async with gateway_of(clock) as gateway:
+        short = await gateway.add_credit(who, "1", expires=HOUR)
+        long = await gateway.add_credit(who, "2", expires=2 * HOUR)
+        clock.advance(3600)
+        for text in ("one", "two", "three"):
+            await gateway.complete(who, ask(text))
+        with pytest.raises(SpendCapExceeded):
+            await gateway.complete(who, ask("four"))
+        assert (await gateway.get_credit(short.id)).ended_at == clock()
+        assert (await gateway.get_credit(long.id)).ended_at is None
+        assert await gateway.check_ledger() == []
+
+
 async def test_a_credit_is_for_a_key_a_principal_a_tenant_or_the_gateway(clock: FakeClock) -> None:
     async with gateway_of(clock) as gateway:
         _, key = await gateway.create_key("k")
