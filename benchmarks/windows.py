@@ -15,7 +15,7 @@ import anyio
 
 from starlette_aigateway.limiter import Limiter
 from starlette_aigateway.policy.windows import WindowClaim
-from starlette_aigateway.stores.sqlite.windows import SQLiteWindowStorage
+from starlette_aigateway.stores.windows.storage import FileWindowStorage
 
 PRINCIPALS = 200
 CALLS = {1: 2_000, 8: 8_000, 30: 20_000, 100: 20_000}
@@ -43,7 +43,7 @@ async def measure(limiter: Limiter, tasks: int, calls: int) -> tuple[float, floa
 
 
 async def main(directory: Path) -> None:
-    async with SQLiteWindowStorage(path=directory / "windows.db") as storage:
+    async with FileWindowStorage(path=directory / "windows.log") as storage:
         limiter = Limiter(storage, clock=time.time)
         await measure(limiter, 30, 1_500)
         print("tasks  calls/s  CPU us/call  p50 us  p99 us  max us")

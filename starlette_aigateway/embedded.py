@@ -25,7 +25,7 @@ from .stores.sqlite.ledger import SQLiteLedger
 from .stores.sqlite.prices import SQLitePriceStore
 from .stores.sqlite.prompts import SQLitePromptStore
 from .stores.sqlite.tenants import SQLiteTenantStore
-from .stores.sqlite.windows import SQLiteWindowStorage
+from .stores.windows.storage import FileWindowStorage
 from .types import Timeouts
 
 
@@ -62,7 +62,7 @@ class Embedded:
         return DiskResponseCache(self.directory / "cache", size_limit=self._cache.size_limit_bytes, clock=self._clock)
 
     def windows(self) -> Storage:
-        return SQLiteWindowStorage(path=self.directory / "windows.db", clock=self._clock, timeout=self._timeouts.storage)
+        return FileWindowStorage(path=self.directory / "windows.log", clock=self._clock, timeout=self._timeouts.storage)
 
     def idempotency(self) -> IdempotencyStore:
         return SQLiteIdempotencyStore(self.directory / "answers.db", timeout=self._timeouts.storage)

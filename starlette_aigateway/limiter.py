@@ -1,6 +1,6 @@
 """Rate limits: the windows of one call, taken together or not at all.
 
-Over a storage that can take several windows at once (ours, `stores/sqlite/windows.py`) a refusal takes nothing, the wait is true and
+Over a storage that can take several windows at once (ours, `stores/windows/`) a refusal takes nothing, the wait is true and
 a limit holds over all processes that share the file. Over any other storage of `limits` (`async+memory://`, `async+redis://`) the
 strategies of `limits` are asked one window after the other, first whether each has room, then to take it. That is weaker: a call
 that loses a race for its second window has used its first; a wait is as `limits` reports it; what was charged too much stays charged.

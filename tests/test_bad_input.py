@@ -217,11 +217,11 @@ async def test_a_mount_point_with_a_blank_in_its_name_is_known_too(tmp_path: Pat
     assert connection.file_system(tmp_path) == "ext4"
 
 
-FILES = ("ledger.db", "config.db", "windows.db", "answers.db")
+DATABASES = ("ledger.db", "config.db", "answers.db")
 
 
 async def use(path: Path) -> None:
-    """A call that touches all four files."""
+    """A call that touches all files."""
     async with AIGateway(data_dir=path, providers=[EchoProvider()], prices={"echo": Price(1, 1)}) as gateway:
         raw, _ = await gateway.create_key("app", requests_per_minute=10)
         request = CompletionRequest(model="echo", messages=[{"role": "user", "content": "hi"}])
@@ -234,7 +234,7 @@ def pragma(path: Path, statement: str) -> int:
         return -1 if row is None else int(row[0])
 
 
-@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize("file", DATABASES)
 async def test_a_file_of_a_newer_release_fails_the_start_and_says_what_to_do_and_is_left_alone(tmp_path: Path, file: str) -> None:
     await use(tmp_path)
     pragma(tmp_path / file, "PRAGMA user_version=99")

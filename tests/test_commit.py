@@ -11,8 +11,8 @@ import anyio
 import pytest
 
 from starlette_aigateway.errors import AIGatewayError, ConfigurationError, NotFound, StorageUnavailable
-from starlette_aigateway.stores.sqlite.commit import GroupCommit
-from starlette_aigateway.stores.sqlite.lock_file import LockFile
+from starlette_aigateway.stores.commit import GroupCommit
+from starlette_aigateway.stores.lock_file import LockFile
 from starlette_aigateway.stores.sqlite.transactions import StoreFile
 
 pytestmark = pytest.mark.anyio

@@ -14,8 +14,8 @@ import anyio
 import pytest
 
 from starlette_aigateway.errors import NotFound, StorageUnavailable
-from starlette_aigateway.stores.sqlite import commit as commit_module
-from starlette_aigateway.stores.sqlite.commit import GroupCommit, Waiter
+from starlette_aigateway.stores import commit as commit_module
+from starlette_aigateway.stores.commit import GroupCommit, Waiter
 from tests.test_commit import Store, together
 
 pytestmark = pytest.mark.anyio

@@ -57,9 +57,10 @@ def asked(ledger: SQLiteLedger) -> Statements:
     """Fills with what the writer asks of its connection."""
     writer = ledger._commit._writer
     assert writer is not None
-    assert writer._transactions._connection is not None
+    assert isinstance(writer._turns, Transactions)
+    assert writer._turns._connection is not None
     statements: Statements = []
-    writer._transactions._connection.set_trace_callback(lambda sql: statements.append(" ".join(sql.split())))
+    writer._turns._connection.set_trace_callback(lambda sql: statements.append(" ".join(sql.split())))
     return statements
 
 

@@ -11,7 +11,7 @@ from limits.aio.storage.memcached import MemcachedStorage
 from starlette_aigateway.errors import ConfigurationError, InvalidRequest, RateLimitExceeded, StorageUnavailable
 from starlette_aigateway.limiter import ClaimItem, Limiter, SharedWindows
 from starlette_aigateway.policy.windows import WindowClaim
-from starlette_aigateway.stores.sqlite.windows import SQLiteWindowStorage
+from starlette_aigateway.stores.windows.storage import FileWindowStorage
 from starlette_aigateway.testing.clock import FakeClock
 from starlette_aigateway.testing.windows import MICROSECOND, requests, tokens
 
@@ -25,7 +25,7 @@ def clock() -> FakeClock:
 
 @pytest.fixture
 async def limiter(tmp_path: Path, clock: FakeClock) -> AsyncIterator[Limiter]:
-    async with SQLiteWindowStorage(path=tmp_path / "windows.db", clock=clock) as storage:
+    async with FileWindowStorage(path=tmp_path / "windows.log", clock=clock) as storage:
         yield Limiter(storage, clock=clock)
 
 
@@ -34,7 +34,7 @@ async def remaining(limiter: Limiter, *claims: WindowClaim) -> Sequence[int]:
 
 
 async def test_no_claims_are_admitted_without_touching_the_storage(tmp_path: Path, clock: FakeClock) -> None:
-    limiter = Limiter(SQLiteWindowStorage(path=tmp_path / "no" / "windows.db"), clock=clock)
+    limiter = Limiter(FileWindowStorage(path=tmp_path / "no" / "windows.log"), clock=clock)
     assert await limiter.admit([]) == ()
     assert await limiter.peek([]) == ()
     await limiter.correct([], 5)
@@ -159,13 +159,13 @@ def test_the_name_of_a_window_leaves_its_limit_out() -> None:
 
 
 @pytest.fixture
-async def broken(tmp_path: Path) -> AsyncIterator[SQLiteWindowStorage]:
-    (tmp_path / "windows.db").mkdir()
-    async with SQLiteWindowStorage(path=tmp_path / "windows.db") as storage:
+async def broken(tmp_path: Path) -> AsyncIterator[FileWindowStorage]:
+    (tmp_path / "windows.log").mkdir()
+    async with FileWindowStorage(path=tmp_path / "windows.log") as storage:
         yield storage
 
 
-async def test_a_storage_that_is_down_refuses_every_call(broken: SQLiteWindowStorage, clock: FakeClock) -> None:
+async def test_a_storage_that_is_down_refuses_every_call(broken: FileWindowStorage, clock: FakeClock) -> None:
     limiter = Limiter(broken, clock=clock)
     with pytest.raises(StorageUnavailable):
         await limiter.admit([requests(5)])
@@ -174,7 +174,7 @@ async def test_a_storage_that_is_down_refuses_every_call(broken: SQLiteWindowSto
 
 
 async def test_fail_open_lets_through_and_says_so_once(
-    broken: SQLiteWindowStorage, clock: FakeClock, caplog: pytest.LogCaptureFixture
+    broken: FileWindowStorage, clock: FakeClock, caplog: pytest.LogCaptureFixture
 ) -> None:
     limiter = Limiter(broken, clock=clock, fail_open=True)
     with caplog.at_level(logging.ERROR):
@@ -184,7 +184,7 @@ async def test_fail_open_lets_through_and_says_so_once(
 
 
 async def test_a_correction_never_raises_for_the_storage(
-    broken: SQLiteWindowStorage, clock: FakeClock, caplog: pytest.LogCaptureFixture
+    broken: FileWindowStorage, clock: FakeClock, caplog: pytest.LogCaptureFixture
 ) -> None:
     limiter = Limiter(broken, clock=clock)
     for _ in range(3):
@@ -195,8 +195,8 @@ async def test_a_correction_never_raises_for_the_storage(
 
 
 async def test_an_outage_is_reported_anew_after_it_was_over(tmp_path: Path, clock: FakeClock, caplog: pytest.LogCaptureFixture) -> None:
-    path = tmp_path / "windows.db"
-    async with SQLiteWindowStorage(path=path, clock=clock) as storage:
+    path = tmp_path / "windows.log"
+    async with FileWindowStorage(path=path, clock=clock) as storage:
         limiter = Limiter(storage, clock=clock, fail_open=True)
         for _ in range(2):
             storage.close()
@@ -293,6 +293,6 @@ def test_a_storage_without_sliding_windows_is_refused() -> None:
 
 
 def test_our_storage_is_taken_as_shared_windows_and_memory_is_not(tmp_path: Path) -> None:
-    ours: SharedWindows = SQLiteWindowStorage(path=tmp_path / "windows.db")
+    ours: SharedWindows = FileWindowStorage(path=tmp_path / "windows.log")
     assert isinstance(ours, SharedWindows)
     assert not isinstance(MemoryStorage(), SharedWindows)

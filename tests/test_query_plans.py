@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 
 import anyio
 import pytest
-from limits.aio.storage import Storage
 
 from starlette_aigateway.accounts import GROUPINGS, ScopeClaim
 from starlette_aigateway.errors import SpendCapHeld
@@ -24,7 +23,6 @@ from starlette_aigateway.protocols import Ledger
 from starlette_aigateway.stores import sqlite
 from starlette_aigateway.stores.sqlite import ledger as ledger_module
 from starlette_aigateway.stores.sqlite.ledger_inserts import Insert
-from starlette_aigateway.stores.sqlite.windows import SQLiteWindowStorage
 from starlette_aigateway.testing.clock import FakeClock
 from starlette_aigateway.testing.ledger_kit import DAY, LEASE, NOON, cached_record, completed, hold_request, refused
 from starlette_aigateway.testing.ledger_limits import credit
@@ -34,7 +32,7 @@ from .http_host import ALICE, Service, furnish, service
 
 GROWING = (
     "balances", "holds", "entries", "usage", "rollups", "credits", "caps", "keys", "tenants", "prices", "prompts", "labels",
-    "admin_actions", "windows", "hits", "answers", "Cache",
+    "admin_actions", "answers", "Cache",
 )  # fmt: skip
 
 WALKS = {
@@ -178,18 +176,6 @@ async def ends(ledger: Ledger, now: float) -> None:
             group.start_soon(partial(ledger.reserve, hold_request(f"many_{number}", now=now), now=now))
 
 
-async def windows(storage: Storage, clock: FakeClock) -> None:
-    """Full ones, ones of a clock that was stepped back, and so many that old ones are swept."""
-    assert isinstance(storage, SQLiteWindowStorage)
-    for round_ in range(2):
-        for number in range(70):
-            assert await storage.acquire_entry(f"{round_}_{number}", 1, 60)
-        assert not await storage.acquire_entry(f"{round_}_0", 1, 60)
-        clock.advance(-30)
-        assert not await storage.acquire_entry(f"{round_}_0", 1, 60)
-        clock.advance(3600)
-
-
 @pytest.fixture(scope="module")
 def asked() -> Recorder:
     """All that was asked of the files by calls, reports, lists and what keeps the files small."""
@@ -207,7 +193,6 @@ def asked() -> Recorder:
             host.complete(ALICE, "meta/llama")
             host.complete(ALICE)
             anyio.run(ends, host.gateway._ledger, clock.now)
-            anyio.run(windows, host.gateway._composition._storage, clock)
             reports(host)
             lists(host)
             recorder.plan()

@@ -1,8 +1,9 @@
 """Sliding windows: the arithmetic against a model, and our storage in one process, in several, and after faults."""
 
+import errno
+import fcntl
 import os
 import signal
-import sqlite3
 import stat
 import subprocess
 import sys
@@ -20,7 +21,9 @@ from limits.storage import storage_from_string
 from starlette_aigateway.errors import ConfigurationError, InvalidArgument, StorageUnavailable
 from starlette_aigateway.limiter import SharedWindows
 from starlette_aigateway.policy.windows import MICROSECONDS, Refusal, Sliding, WindowClaim
-from starlette_aigateway.stores.sqlite.windows import SQLiteWindowStorage
+from starlette_aigateway.stores.windows import log as log_module
+from starlette_aigateway.stores.windows.mapped_file import MappedFile
+from starlette_aigateway.stores.windows.storage import FileWindowStorage
 from starlette_aigateway.testing.clock import FakeClock
 from starlette_aigateway.testing.windows import (
     LimitsContract,
@@ -42,16 +45,16 @@ def clock() -> FakeClock:
 
 
 @pytest.fixture
-async def storage(tmp_path: Path, clock: FakeClock) -> AsyncIterator[SQLiteWindowStorage]:
-    async with SQLiteWindowStorage(path=tmp_path / "data" / "windows.db", clock=clock) as storage:
+async def storage(tmp_path: Path, clock: FakeClock) -> AsyncIterator[FileWindowStorage]:
+    async with FileWindowStorage(path=tmp_path / "data" / "windows.log", clock=clock) as storage:
         yield storage
 
 
-class TestSQLiteWindows(WindowsContract):
+class TestFileWindows(WindowsContract):
     pass
 
 
-class TestSQLiteWindowsUnderLimits(LimitsContract):
+class TestFileWindowsUnderLimits(LimitsContract):
     @pytest.fixture(autouse=True)
     def _one_time(self, clock: FakeClock, monkeypatch: pytest.MonkeyPatch) -> None:
         """The strategies of `limits` add the time of their own clock to what a sliding storage tells."""
@@ -127,7 +130,7 @@ def test_the_moving_window_agrees_with_brute_force(steps: list[Step]) -> None:
 
     async def run() -> None:
         clock, models = FakeClock(), {"a": Model(), "b": Model()}
-        async with SQLiteWindowStorage(path=":memory:", clock=clock) as storage:
+        async with FileWindowStorage(path=":memory:", clock=clock) as storage:
             for pause, amount, limit, key in steps:
                 clock.advance(pause / MICROSECONDS)
                 now, model, span = round(clock() * MICROSECONDS), models[key], 2 * MICROSECONDS
@@ -151,7 +154,7 @@ def test_the_moving_window_agrees_with_brute_force(steps: list[Step]) -> None:
 def test_no_interval_of_a_window_holds_more_than_the_limit(pauses: list[int], limit: int) -> None:
     async def run() -> list[int]:
         clock, let_in = FakeClock(), []
-        async with SQLiteWindowStorage(path=":memory:", clock=clock) as storage:
+        async with FileWindowStorage(path=":memory:", clock=clock) as storage:
             for pause in pauses:
                 clock.advance(pause / MICROSECONDS)
                 if await admitted(storage, requests(limit, seconds=1)):
@@ -167,32 +170,32 @@ def test_no_interval_of_a_window_holds_more_than_the_limit(pauses: list[int], li
 
 
 def test_a_new_storage_touches_no_file(tmp_path: Path) -> None:
-    SQLiteWindowStorage(path=tmp_path / "data" / "windows.db")
+    FileWindowStorage(path=tmp_path / "data" / "windows.log")
     assert list(tmp_path.iterdir()) == []
 
 
 async def test_a_storage_is_made_from_a_string(tmp_path: Path) -> None:
-    storage = storage_from_string(f"async+aigateway:///{tmp_path}/da%20ta/windows.db")
-    assert isinstance(storage, SQLiteWindowStorage)
+    storage = storage_from_string(f"async+aigateway:///{tmp_path}/da%20ta/windows.log")
+    assert isinstance(storage, FileWindowStorage)
     async with storage:
         assert await storage.incr("a", 60) == 1
-    assert storage.path == tmp_path / "da ta" / "windows.db"
+    assert storage.path == tmp_path / "da ta" / "windows.log"
     assert stat.S_IMODE(storage.path.parent.stat().st_mode) == 0o700
 
 
 @pytest.mark.parametrize("uri", [None, "async+aigateway://", "async+aigateway://host/x.db", "async+aigateway:///"])
 def test_a_storage_without_a_path_is_refused(uri: str | None) -> None:
     with pytest.raises(ConfigurationError, match="path"):
-        SQLiteWindowStorage(uri)
+        FileWindowStorage(uri)
 
 
 async def test_windows_are_kept_over_a_restart(tmp_path: Path, clock: FakeClock) -> None:
     for expected in (True, False):
-        async with SQLiteWindowStorage(path=tmp_path / "windows.db", clock=clock) as storage:
+        async with FileWindowStorage(path=tmp_path / "windows.log", clock=clock) as storage:
             assert await admitted(storage, requests(1)) is expected
 
 
-async def test_two_claims_on_one_window_are_refused(storage: SQLiteWindowStorage) -> None:
+async def test_two_claims_on_one_window_are_refused(storage: FileWindowStorage) -> None:
     with pytest.raises(InvalidArgument, match="same window"):
         await storage.acquire_all([requests(5), requests(3)])
 
@@ -200,17 +203,17 @@ async def test_two_claims_on_one_window_are_refused(storage: SQLiteWindowStorage
 @pytest.mark.parametrize(
     "claim", [requests(5, scope="a\x00b"), requests(5, scope="\ud800"), requests(5, seconds=0), tokens(5, -1), tokens(5, 2**70)]
 )
-async def test_a_claim_that_makes_no_sense_is_refused(storage: SQLiteWindowStorage, claim: WindowClaim) -> None:
+async def test_a_claim_that_makes_no_sense_is_refused(storage: FileWindowStorage, claim: WindowClaim) -> None:
     with pytest.raises(InvalidArgument):
         await storage.acquire_all([claim])
 
 
-async def test_a_window_of_requests_cannot_be_corrected(storage: SQLiteWindowStorage) -> None:
+async def test_a_window_of_requests_cannot_be_corrected(storage: FileWindowStorage) -> None:
     with pytest.raises(InvalidArgument, match="tokens"):
         await storage.adjust([(requests(5), -1)])
 
 
-async def test_mixed_operations_of_one_batch_take_effect_in_their_order(storage: SQLiteWindowStorage) -> None:
+async def test_mixed_operations_of_one_batch_take_effect_in_their_order(storage: FileWindowStorage) -> None:
     """Sent together, so that the writer takes them as one batch or few; `clear` in the middle is seen by what follows."""
     claim, outcomes = requests(2), []
 
@@ -225,23 +228,22 @@ async def test_mixed_operations_of_one_batch_take_effect_in_their_order(storage:
     assert outcomes.count(True) == 3
 
 
-async def test_what_has_expired_is_removed_in_passing(storage: SQLiteWindowStorage, clock: FakeClock) -> None:
-    for number in range(400):
-        assert await admitted(storage, requests(1, scope=f"login:{number}"), tokens(1, 1, scope=f"login:{number}"))
-        clock.advance(1)
-    for _ in range(600):
-        assert await admitted(storage, requests(1000))
-        clock.advance(1)
-    await anyio.to_thread.run_sync(storage.close)
-    with sqlite3.connect(storage.path) as connection:
-        (windows,) = connection.execute("SELECT count(*) FROM windows").fetchone()
-        (hits,) = connection.execute("SELECT count(*) FROM hits").fetchone()
-    connection.close()
-    assert windows < 50, "of 801"
-    assert hits < 200, "of 1000, 60 of which still count"
+@pytest.mark.parametrize("path", ["windows.log", ":memory:"])
+async def test_what_has_expired_is_removed_in_passing(tmp_path: Path, clock: FakeClock, monkeypatch: pytest.MonkeyPatch, path: str) -> None:
+    monkeypatch.setattr(log_module, "HALF", 2**14)
+    async with FileWindowStorage(path=path if path == ":memory:" else tmp_path / path, clock=clock) as storage:
+        for number in range(400):
+            assert await admitted(storage, requests(1, scope=f"login:{number}"), tokens(1, 1, scope=f"login:{number}"))
+            clock.advance(1)
+        for _ in range(1500):
+            assert await admitted(storage, requests(1000))
+            clock.advance(1)
+        left = await storage.reset()
+    assert left is not None
+    assert left < 50, "of 801"
 
 
-async def test_what_still_counts_is_never_removed(storage: SQLiteWindowStorage, clock: FakeClock) -> None:
+async def test_what_still_counts_is_never_removed(storage: FileWindowStorage, clock: FakeClock) -> None:
     clock.advance(59)
     assert await admitted(storage, tokens(100, 100), requests(3))
     for pause in (1, 30):
@@ -251,7 +253,7 @@ async def test_what_still_counts_is_never_removed(storage: SQLiteWindowStorage, 
     assert await remaining(storage, tokens(100, 0), requests(3)) == [50, 2]
 
 
-async def test_a_burst_that_expired_long_ago_does_not_count(storage: SQLiteWindowStorage, clock: FakeClock) -> None:
+async def test_a_burst_that_expired_long_ago_does_not_count(storage: FileWindowStorage, clock: FakeClock) -> None:
     for _ in range(300):
         assert await admitted(storage, requests(300))
         clock.advance(0.1)
@@ -281,7 +283,7 @@ async def hammer(storage: SharedWindows, calls: int, limit: int) -> int:
 
 
 def test_two_event_loops_share_one_storage(tmp_path: Path) -> None:
-    storage = SQLiteWindowStorage(path=tmp_path / "windows.db", clock=FakeClock())
+    storage = FileWindowStorage(path=tmp_path / "windows.log", clock=FakeClock())
     counts: list[int] = []
 
     def loop(backend: str) -> None:
@@ -299,11 +301,13 @@ def test_two_event_loops_share_one_storage(tmp_path: Path) -> None:
 HAMMER = """
 import sys, anyio
 sys.path.insert(0, {root!r})
-from starlette_aigateway.stores.sqlite.windows import SQLiteWindowStorage
+from starlette_aigateway.stores.windows import log as log_module
+from starlette_aigateway.stores.windows.mapped_file import MappedFile
+from starlette_aigateway.stores.windows.storage import FileWindowStorage
 from tests.test_windows import hammer
 
 async def main():
-    async with SQLiteWindowStorage(path={path!r}) as storage:
+    async with FileWindowStorage(path={path!r}) as storage:
         await storage.check()
         print("ready", flush=True)
         sys.stdin.readline()
@@ -317,7 +321,7 @@ def test_four_processes_together_get_exactly_the_limit(tmp_path: Path) -> None:
     root = str(Path(__file__).parent.parent)
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", HAMMER.format(root=root, path=str(tmp_path / "windows.db"), backend=backend)],
+            [sys.executable, "-c", HAMMER.format(root=root, path=str(tmp_path / "windows.log"), backend=backend)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -334,7 +338,7 @@ def test_four_processes_together_get_exactly_the_limit(tmp_path: Path) -> None:
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")  # forking with a live writer thread is what is tested
 def test_a_forked_child_counts_in_the_same_windows(tmp_path: Path) -> None:
-    storage = SQLiteWindowStorage(path=tmp_path / "windows.db", clock=FakeClock())
+    storage = FileWindowStorage(path=tmp_path / "windows.log", clock=FakeClock())
     assert anyio.run(hammer, storage, 3, 5) == 3
     child = os.fork()
     if child == 0:
@@ -352,7 +356,7 @@ def test_a_forked_child_counts_in_the_same_windows(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_what_a_killed_process_let_in_still_counts(tmp_path: Path) -> None:
-    storage = SQLiteWindowStorage(path=tmp_path / "windows.db", clock=FakeClock())
+    storage = FileWindowStorage(path=tmp_path / "windows.log", clock=FakeClock())
     child = os.fork()
     if child == 0:
         try:
@@ -368,53 +372,64 @@ def test_what_a_killed_process_let_in_still_counts(tmp_path: Path) -> None:
 
 
 async def test_a_file_that_cannot_be_opened_is_storage_unavailable(tmp_path: Path) -> None:
-    (tmp_path / "windows.db").mkdir()
-    async with SQLiteWindowStorage(path=tmp_path / "windows.db") as storage:
+    (tmp_path / "windows.log").mkdir()
+    async with FileWindowStorage(path=tmp_path / "windows.log") as storage:
         with pytest.raises(StorageUnavailable):
             await storage.acquire_all([requests(1)])
         assert not await storage.check()
 
 
 async def test_errors_are_wrapped_where_limits_is_asked_to(tmp_path: Path) -> None:
-    (tmp_path / "windows.db").mkdir()
-    async with SQLiteWindowStorage(path=tmp_path / "windows.db", wrap_exceptions=True) as storage:
+    (tmp_path / "windows.log").mkdir()
+    async with FileWindowStorage(path=tmp_path / "windows.log", wrap_exceptions=True) as storage:
         with pytest.raises(StorageError):
             await storage.incr("a", 60)
 
 
-async def test_a_full_disk_refuses_and_a_freed_one_goes_on(tmp_path: Path, clock: FakeClock) -> None:
-    async with SQLiteWindowStorage(path=tmp_path / "windows.db", clock=clock) as storage:
+async def test_a_full_disk_refuses_and_a_freed_one_goes_on(tmp_path: Path, clock: FakeClock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only a file that is made, for the first time or for more room, needs the disk."""
+    monkeypatch.setattr(log_module, "HALF", 4096)
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "no space left on device")
+
+    async with FileWindowStorage(path=tmp_path / "windows.log", clock=clock) as storage:
         assert await admitted(storage, requests(3))
-        blocker = sqlite3.connect(storage.path, isolation_level=None)
-        blocker.execute("CREATE TRIGGER full BEFORE INSERT ON hits BEGIN SELECT RAISE(ABORT, 'disk full'); END")
-        with pytest.raises(StorageUnavailable):
-            await storage.acquire_all([requests(3)])
-        blocker.execute("DROP TRIGGER full")
-        blocker.close()
-        assert await remaining(storage, requests(3)) == [2], "what failed took nothing"
+        with monkeypatch.context() as patched:
+            patched.setattr(log_module, "make", full)
+            refused = 0
+            for number in range(200):
+                try:
+                    assert await admitted(storage, requests(1, scope=f"login:{number}"))
+                except StorageUnavailable:
+                    refused = number
+                    break
+            assert refused, "200 windows do not fit"
+        assert await remaining(storage, requests(3)) == [2]
+        assert await admitted(storage, requests(1, scope=f"login:{refused}")), "what failed took nothing"
+        assert not await admitted(storage, requests(1, scope=f"login:{refused - 1}"))
 
 
 async def test_a_lock_held_by_another_process_is_waited_for_and_then_refused(tmp_path: Path) -> None:
-    path = tmp_path / "windows.db"
-    async with SQLiteWindowStorage(path=path, timeout=0.05) as storage:
+    path = tmp_path / "windows.log"
+    async with FileWindowStorage(path=path, timeout=0.05) as storage:
         assert await admitted(storage, requests(3))
-        blocker = sqlite3.connect(path, isolation_level=None)
-        blocker.execute("BEGIN IMMEDIATE")
-        with pytest.raises(StorageUnavailable):
-            await storage.acquire_all([requests(3)])
-        blocker.execute("ROLLBACK")
-        blocker.close()
+        with path.with_name("windows.log.lock").open() as blocker:
+            fcntl.flock(blocker, fcntl.LOCK_EX)
+            with pytest.raises(StorageUnavailable):
+                await storage.acquire_all([requests(3)])
         assert await admitted(storage, requests(3))
 
 
-@pytest.mark.parametrize("damage", ["header", "pages"])
-async def test_a_damaged_file_is_replaced_by_an_empty_one(tmp_path: Path, clock: FakeClock, damage: str) -> None:
-    path = tmp_path / "windows.db"
-    async with SQLiteWindowStorage(path=path, clock=clock) as storage:
-        for number in range(200):
-            assert await admitted(storage, requests(1, scope=f"login:{number}"))
-    content = path.read_bytes()
-    path.write_bytes(b"\xff" * 4096 + content[4096:] if damage == "header" else content[:8192] + b"\xff" * (len(content) - 8192))
-    async with SQLiteWindowStorage(path=path, clock=clock) as storage:
-        assert await admitted(storage, requests(1, scope="login:1"))
-        assert not await admitted(storage, requests(1, scope="login:1"))
+async def test_a_correction_that_cannot_be_made_is_told(tmp_path: Path, clock: FakeClock, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with FileWindowStorage(path=tmp_path / "windows.log", clock=clock) as storage:
+        assert await admitted(storage, tokens(100, 60))
+        failures: list[BaseException] = []
+        with monkeypatch.context() as patched:
+            patched.setattr(MappedFile, "append", lambda *_: 1 / 0)
+            storage.adjust_soon([(tokens(100, 60), -50)], failed=failures.append)
+            assert [type(failure) for failure in failures] == [StorageUnavailable]
+        assert await remaining(storage, tokens(100, 0)) == [40]
+        storage.adjust_soon([(tokens(100, 60), -50)], failed=failures.append)
+        assert await remaining(storage, tokens(100, 0)) == [90], "in its place before what is asked later"
+        assert len(failures) == 1

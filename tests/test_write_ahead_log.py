@@ -17,7 +17,7 @@ import anyio
 import pytest
 
 from starlette_aigateway.errors import StorageUnavailable
-from starlette_aigateway.stores.sqlite import commit as commit_module
+from starlette_aigateway.stores import commit as commit_module
 from starlette_aigateway.stores.sqlite import transactions, write_ahead_log
 from starlette_aigateway.stores.sqlite.ledger import SQLiteLedger
 from starlette_aigateway.stores.sqlite.ledger_batch import Batch

@@ -95,6 +95,6 @@ async def test_a_gateways_ledger_syncs_what_it_grants_and_settles(tmp_path: Path
         syncs.clear()
         await read(gateway, stream=False)
         assert len(syncs) == 2
-        connection = gateway._ledger._commit._writer._transactions._connection  # type: ignore[attr-defined]  # the one that writes
+        connection = gateway._ledger._commit._writer._turns._connection  # type: ignore[attr-defined]  # the one that writes
         assert connection.execute("PRAGMA synchronous").fetchone() == (1,)
         assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)

@@ -16,7 +16,7 @@ import anyio
 import msgspec
 
 from ...errors import InvalidArgument, StorageDamaged, StorageUnavailable
-from .commit import GroupCommit
+from ..commit import GroupCommit
 from .commit_mark import CommitMark, Version
 from .connection import PerProcess, connect, look_for_damage
 from .transactions import StoreFile

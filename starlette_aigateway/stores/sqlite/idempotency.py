@@ -16,7 +16,7 @@ from msgspec import Struct
 from ...errors import AIGatewayError, StorageUnavailable
 from ...policy.budgets import check_moment
 from ...protocols import Claim
-from .commit import GroupCommit
+from ..commit import GroupCommit
 from .connection import connect
 from .transactions import StoreFile
 
@@ -85,7 +85,7 @@ class SQLiteIdempotencyStore:
         self._path = Path(path)
         self._timeout = timeout
         self._commit = GroupCommit[Op, Result](
-            StoreFile(
+            StoreFile[Op, Result](
                 connect=self._connect,
                 apply=_apply,
                 name="idempotency",

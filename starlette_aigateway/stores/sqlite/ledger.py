@@ -28,7 +28,7 @@ from ...policy.budgets import (
     day_number,
 )
 from ...types import Caps, Usage
-from .commit import GroupCommit
+from ..commit import GroupCommit
 from .connection import Durability, connect, look_for_damage
 from .ledger_budgets import read_budgets
 from .ledger_check import audit
@@ -98,7 +98,7 @@ class SQLiteLedger:
         self._writer = BatchWriter(self._prices, check_thresholds(thresholds))
         self._witness = Witness(self._path, progress=LAST_ENTRY, remedy=REMEDY)
         self._commit = GroupCommit[Op, Result](
-            StoreFile(
+            StoreFile[Op, Result](
                 connect=self._connect,
                 apply=self._writer.apply,
                 name="ledger",

@@ -7,19 +7,16 @@ import sqlite3
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Generic
 
 from ...errors import AIGatewayError, StorageUnavailable
+from ..lock_file import LockFile
+from ..turns import Op, Result, told, unavailable
 from .commit_mark import CommitMark
-from .lock_file import LockFile
 from .witness import Identity, Witness
 from .write_ahead_log import WriteAheadLog
-
-Op = TypeVar("Op")
-Result = TypeVar("Result")
 
 Apply = Callable[[sqlite3.Connection, Sequence[Op]], Sequence[Result | AIGatewayError]]
 """Carries out a batch inside an open transaction: one result or one domain error for each operation, in order. It must not raise
@@ -50,6 +47,13 @@ class StoreFile(Generic[Op, Result]):
     committed: Callable[[], object] | None = None
     quick: bool = False
     write_ahead_log: WriteAheadLog | None = None
+
+    @property
+    def lasts_at_once(self) -> bool:
+        return self.write_ahead_log is None
+
+    def turns(self) -> Transactions[Op, Result]:
+        return Transactions(self)
 
 
 class Transactions(Generic[Op, Result]):
@@ -121,11 +125,9 @@ class Transactions(Generic[Op, Result]):
             with suppress(sqlite3.Error):
                 self._connection.execute("PRAGMA wal_checkpoint(PASSIVE)")
 
-    def fail(self, error: Exception, count: int) -> Sequence[Result | BaseException]:
-        """What `count` waiters are told of a turn that raised. The next one opens everything anew."""
+    def fail(self, error: Exception, count: int) -> Sequence[BaseException]:
         self.close()
-        log.error("the %s store failed: %s: %s", self._store.name, type(error).__name__, error)
-        return [self._unavailable(error) for _ in range(count)]
+        return told(self._store.name, error, count)
 
     def note(self) -> None:
         if self._store.witness is not None and self._connection is not None and not self.noted:
@@ -190,7 +192,7 @@ class Transactions(Generic[Op, Result]):
                     outcomes.extend(self._commit(connection, [op]))
                 except Exception as own:  # noqa: BLE001  # whatever one operation does, the others are carried out
                     log.error("an operation on the %s store failed: %s", self._store.name, type(own).__name__)
-                    outcomes.append(self._unavailable(own))
+                    outcomes.append(unavailable(self._store.name, own))
             return outcomes
 
     def _commit(self, connection: sqlite3.Connection, ops: Sequence[Op]) -> Sequence[Result | AIGatewayError]:
@@ -221,14 +223,6 @@ class Transactions(Generic[Op, Result]):
             connection.execute("COMMIT")
         finally:
             mark.end()
-
-    def _unavailable(self, error: Exception) -> AIGatewayError:
-        """An error for one waiter alone: the gateway writes the request's id into it."""
-        if isinstance(error, AIGatewayError):
-            return copy(error)
-        unavailable = StorageUnavailable(f"the {self._store.name} store is unavailable", retry_after=1.0)
-        unavailable.__cause__ = error
-        return unavailable
 
 
 def is_busy(error: sqlite3.OperationalError) -> bool:

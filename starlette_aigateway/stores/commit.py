@@ -23,9 +23,9 @@ from enum import Enum, auto
 from queue import Empty, SimpleQueue
 from typing import Generic, NamedTuple
 
-from ...process import THIS
-from ...wakeup import Wakeup, ring_all, wakeup
-from .transactions import Op, Result, StoreFile, Transactions
+from ..process import THIS
+from ..wakeup import Wakeup, ring_all, wakeup
+from .turns import Op, Result, Store
 
 Failed = Callable[[BaseException], None]
 """Hears, in whichever thread, what kept an operation from being carried out; must not raise."""
@@ -37,8 +37,10 @@ MAX_AT_ONCE = 128
 ENOUGH = 24
 """Operations that begin the next batch while the one before it is synced. Fewer wait for that sync, for larger batches."""
 PASSES = 3
-"""Passes of its event loop that a batch of less than `ENOUGH` operations waits for more: after that, and where the loop is busy, so that
-the one before it had several."""
+"""Passes of its event loop that a batch of less than `ENOUGH` operations waits for more: after that, and where the loop is busy: several
+came at a time not long ago."""
+CALM = 16
+"""Single operations, one after the other, after which an event loop is taken to be busy no more."""
 SLOW = 0.05
 REST = 1.0
 """A batch that held up the event loop for longer than `SLOW` seconds is followed by `REST` seconds in which it carries out none."""
@@ -70,14 +72,15 @@ class GroupCommit(Generic[Op, Result]):
     written within the `timeout` of its `store`, and when it is not the file any more that was opened.
     """
 
-    def __init__(self, store: StoreFile[Op, Result]) -> None:
+    def __init__(self, store: Store[Op, Result]) -> None:
         self._store = store
         self._pid = THIS.pid
         self._guard = threading.Lock()
         self._writer: Writer[Op, Result] | None = None
         self._gathered: dict[int, list[Waiter[Op, Result]]] = {}
-        self._busy = False
-        """Whether the last batch had several operations."""
+        self._busy = 0
+        """Batches of one operation, or passes of an event loop with one, until it is calm."""
+        self._came = 0
 
     async def run(self, op: Op) -> Result:
         waiter: Waiter[Op, Result] = Waiter(op)
@@ -87,6 +90,29 @@ class GroupCommit(Generic[Op, Result]):
         if isinstance(outcome, BaseException):
             raise outcome
         return outcome  # type: ignore[return-value]  # set before the wakeup
+
+    def now(self, op: Op) -> Result | None:
+        """Applies `op` here and now, without any wait; None where that cannot be, and nothing was done: something came before it, or it is
+        another process's turn. For a store that is quick and lasts at once. Raises as `run`."""
+        writer = self._writer
+        if writer is None or self._busy or self._gathered or self._pid != THIS.pid:
+            return None
+        outcome = writer.now(op)
+        self._came += 1
+        if self._came == 1:
+            wakeup().soon(self._count)
+        if isinstance(outcome, BaseException):
+            raise outcome
+        return outcome
+
+    def _count(self) -> None:
+        """At the end of a pass of the event loop in which something was applied at once."""
+        self._notice(self._came)
+        self._came = 0
+
+    def _notice(self, operations: int) -> None:
+        """Of a batch, or of a pass of the event loop."""
+        self._busy = CALM if operations > 1 else max(0, self._busy - 1)
 
     def tell(self, op: Op, failed: Failed) -> None:
         """Applies `op` after what this event loop has asked for before it and before what it asks for later, and waits for nothing."""
@@ -126,7 +152,7 @@ class GroupCommit(Generic[Op, Result]):
         writer, waiters = self._writer, self._gathered.pop(loop, None)
         if not waiters:
             return
-        self._busy = len(waiters) > 1
+        self._notice(len(waiters))
         if writer is None or not self._store.quick:
             self._put(waiters)
             return
@@ -203,11 +229,11 @@ class Committed(NamedTuple, Generic[Op, Result]):
 
 
 class Writer(Generic[Op, Result]):
-    """The thread and its queue; whoever has the `_turn` may use its transactions. None in the queue ends it."""
+    """The thread and its queue; whoever has the `_turn` may take turns at its file. None in the queue ends it."""
 
-    def __init__(self, store: StoreFile[Op, Result]) -> None:
-        self._transactions = Transactions(store)
-        self._lasts_at_once = store.write_ahead_log is None
+    def __init__(self, store: Store[Op, Result]) -> None:
+        self._turns = store.turns()
+        self._lasts_at_once = store.lasts_at_once
         self._turn = threading.Lock()
         self._queue: SimpleQueue[list[Waiter[Op, Result]] | Committed[Op, Result] | None] = SimpleQueue()
         self._guard = threading.Lock()
@@ -239,7 +265,7 @@ class Writer(Generic[Op, Result]):
         self._thread.join()
 
     def forget(self) -> None:
-        self._transactions.lock.close()
+        self._turns.lock.close()
 
     def at_once(self, waiters: Sequence[Waiter[Op, Result]], again: Again) -> AtOnce:
         """Carries them out on the thread of their event loop, if nothing is under way but a sync, they are few and nothing has to be waited
@@ -267,15 +293,27 @@ class Writer(Generic[Op, Result]):
         begin_again(self._committed(None if outcomes is None or self._lasts_at_once else Committed(waiters, outcomes)))
         return AtOnce.THREAD if outcomes is None else AtOnce.DONE
 
+    def now(self, op: Op) -> Result | BaseException | None:
+        """As that of `GroupCommit`."""
+        if self._asked or self._thread_commits or self._loop_commits or not self._turn.acquire(blocking=False):
+            return None
+        try:
+            outcomes = self._turns.at_once((op,))
+        except Exception as error:  # noqa: BLE001  # as below
+            outcomes = self._turns.fail(error, 1)
+        finally:
+            self._turn.release()
+        return None if outcomes is None else outcomes[0]
+
     def _outcomes_at_once(self, waiters: Sequence[Waiter[Op, Result]]) -> Sequence[Result | BaseException] | None:
         """None: something would have to be waited for, the house that the thread keeps perhaps. So is what failed while the thread syncs:
         it tries that again, and closes what is broken when nothing needs it any more."""
         if not self._turn.acquire(blocking=False):
             return None
         try:
-            return self._transactions.at_once([waiter.op for waiter in waiters])
+            return self._turns.at_once([waiter.op for waiter in waiters])
         except Exception as error:  # noqa: BLE001  # as below
-            return None if self._syncing else self._transactions.fail(error, len(waiters))
+            return None if self._syncing else self._turns.fail(error, len(waiters))
         finally:
             self._turn.release()
 
@@ -322,8 +360,8 @@ class Writer(Generic[Op, Result]):
                             self._finish(*earlier, self._synced_one)
         finally:
             with self._turn:
-                self._transactions.note()
-                self._transactions.close()
+                self._turns.note()
+                self._turns.close()
 
     @property
     def _idle(self) -> bool:
@@ -335,32 +373,32 @@ class Writer(Generic[Op, Result]):
         self, batch: Sequence[Waiter[Op, Result]], outcomes: Sequence[Result | BaseException], over: Callable[[], Sequence[Again]]
     ) -> None:
         deliver(batch, self._synced(outcomes))
-        full = self._transactions.full
+        full = self._turns.full
         again = () if full else over()
         ring_all([waiter.wakeup for waiter in batch if waiter.failed is None])
         if full:
             with self._turn:
-                self._transactions.checkpoint()
+                self._turns.checkpoint()
             again = over()
         begin_again(again)
-        if self._unnoted_since is None and not self._transactions.noted:
+        if self._unnoted_since is None and not self._turns.noted:
             self._unnoted_since = time.monotonic()
 
     def _outcomes(self, batch: list[Waiter[Op, Result]]) -> Sequence[Result | BaseException]:
         """Of `batch` and all that came while the lock was awaited, which it appends."""
         try:
-            return self._transactions.turn(lambda: self._take(batch))
+            return self._turns.turn(lambda: self._take(batch))
         except Exception as error:  # noqa: BLE001  # the thread must outlive any fault; every waiter is told
             self._take(batch)
-            return self._transactions.fail(error, len(batch))
+            return self._turns.fail(error, len(batch))
 
     def _synced(self, outcomes: Sequence[Result | BaseException]) -> Sequence[Result | BaseException]:
         """The same, once they last. Nobody is told of what may not: whoever asked has to find out."""
         try:
-            self._transactions.sync()
+            self._turns.sync()
         except Exception as error:  # noqa: BLE001  # as above
             with self._turn:
-                return self._transactions.fail(error, len(outcomes))
+                return self._turns.fail(error, len(outcomes))
         return outcomes
 
     def _next(self) -> list[Waiter[Op, Result]] | Committed[Op, Result] | None:
@@ -376,7 +414,7 @@ class Writer(Generic[Op, Result]):
 
     def _note(self) -> None:
         with self._turn:
-            self._transactions.note()
+            self._turns.note()
         self._unnoted_since = None
 
     def _take(self, batch: list[Waiter[Op, Result]]) -> Sequence[Op]:

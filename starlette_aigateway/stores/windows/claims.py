@@ -1,0 +1,60 @@
+"""Windows and demands from what callers give, checked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+from ...errors import InvalidArgument
+from ...policy.windows import Demand, Form, Window, WindowClaim, WindowKind, microseconds, window_of
+from ...types import MAX_WINDOW
+from .ops import Acquire, Adjust
+
+LONGEST_SECONDS = 10**9
+
+
+def named(key: str, form: Form, seconds: int) -> Window:
+    return _checked(Window(key, form, seconds))
+
+
+def fixed(key: str) -> Window:
+    """There is one for each key: `limits` asks for its count without saying how long it is."""
+    return named(key, "fixed", 1)
+
+
+def demand(window: Window, limit: int, amount: int) -> Demand:
+    if not 0 <= amount <= MAX_WINDOW:
+        raise InvalidArgument(f"an amount has to be between 0 and {MAX_WINDOW}", param="amount")
+    return Demand(window, limit, amount)
+
+
+def demands(claims: Sequence[WindowClaim]) -> Sequence[Demand]:
+    asked = [demand(_claimed(claim.scope, claim.kind, claim.seconds), claim.limit, claim.amount) for claim in claims]
+    if len(asked) > 1 and len({one.window for one in asked}) != len(asked):
+        raise InvalidArgument("two claims name the same window", param="claims")
+    return asked
+
+
+def acquisition(claims: Sequence[WindowClaim], *, taking: bool = True) -> Acquire:
+    return Acquire(demands(claims), taking)
+
+
+def adjustment(deltas: Sequence[tuple[WindowClaim, int]], charged_at: float | None) -> Adjust:
+    windows = [_claimed(claim.scope, claim.kind, claim.seconds) for claim, _ in deltas]
+    if any(window.form != "sliding" for window in windows):
+        raise InvalidArgument("only windows of tokens can be corrected", param="deltas")
+    amounts = [max(-MAX_WINDOW, min(delta, MAX_WINDOW)) for _, delta in deltas]
+    return Adjust(windows, amounts, None if charged_at is None else microseconds(charged_at))
+
+
+@lru_cache(maxsize=4096)
+def _claimed(scope: str, kind: WindowKind, seconds: int) -> Window:
+    return _checked(window_of(scope, kind, seconds))
+
+
+def _checked(window: Window) -> Window:
+    if not window.key.isprintable():
+        raise InvalidArgument("the key of a window has to be printable", param="key")
+    if not 1 <= window.seconds <= LONGEST_SECONDS:
+        raise InvalidArgument(f"a window has to be 1 to {LONGEST_SECONDS} seconds long", param="seconds")
+    return window

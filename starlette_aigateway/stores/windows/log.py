@@ -1,0 +1,203 @@
+"""The log that every process of a host makes its windows from: a small file that all of them have mapped into their memory.
+
+Whoever has the lock of the storage takes in what others appended since its last turn, and appends what it does itself. No call of the
+system is made for that, and no block of the file system allocated: whoever does either waits for threads, and for the syncs of others.
+
+The file has two halves. When one is full, the log goes on in the other: each record there brings some windows of the older half along, or
+drops those in which nothing counts any more, until the older half is needed no more. What becomes too large for a half moves to another
+file.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from itertools import islice
+from pathlib import Path
+from typing import TypeAlias
+
+import msgspec
+from msgspec import Struct
+
+from ...policy.windows import Window
+from .mapped_file import Damaged, MappedFile, framed, identity_of, make
+from .states import Change, Drop, Windows
+
+HALF = 1 << 20
+"""Bytes of a half, at the least."""
+ROOM = 8
+"""The halves of a new file have room for `ROOM` times what the windows take."""
+COPIED_AT_ONCE = 4
+"""Windows that a record brings along from the older half."""
+COPIED_IN_MOVE = 256
+
+log = logging.getLogger("starlette_aigateway")
+
+
+class Head(Struct, frozen=True, array_like=True, tag="v"):
+    """The first record of the half with this number."""
+
+    number: int
+
+
+class Record(Struct, frozen=True, array_like=True, tag="r"):
+    """Changes at the moment `now`, in Unix microseconds."""
+
+    now: int
+    changes: Sequence[Change]
+
+
+Entry: TypeAlias = Head | Record
+_encode = msgspec.msgpack.Encoder().encode
+_decoder = msgspec.msgpack.Decoder[Entry](Entry)
+
+
+class WindowLog:
+    """The log at `path` and the windows as they are at its end. Every verb needs the lock of the storage, and raises `OSError`; opening
+    raises `ConfigurationError` for a file of a newer release. A damaged file is replaced by an empty one."""
+
+    def __init__(self, path: Path) -> None:
+        self.windows = Windows()
+        self._path = path
+        self._file = self._opened()
+        self._number = 0
+        self._read_all()
+
+    def close(self) -> None:
+        self._file.close()
+
+    @property
+    def in_place(self) -> bool:
+        """Whether this is still the file at the path."""
+        try:
+            return identity_of(self._path.stat()) == self._file.identity
+        except FileNotFoundError:
+            return False
+
+    def catch_up(self) -> None:
+        """Takes in what others appended."""
+        turn, file = self._file.turn, self._file
+        if turn == self._number:
+            if not file.at_end:
+                self._replay()
+        elif turn == self._number + 1:
+            self._replay()
+            self._go_on_in(turn)
+            self._replay()
+        else:
+            self._open_anew()
+
+    def append(self, now: int, changes: Sequence[Change]) -> None:
+        """Keeps what was done to `windows`."""
+        windows, file = self.windows, self._file
+        windows.latest = max(windows.latest, now)
+        copying = bool(windows.uncopied)
+        if copying:
+            changes = [*changes, *self._brought_along(now)]
+        if not file.append(framed(_encode(Record(now, changes)))):
+            self._move(now)
+        elif copying:
+            if not windows.uncopied and file.used > file.half // 2:
+                with suppress(OSError):  # it is kept already; more room can wait
+                    self._move(now)
+        elif file.used > file.half * 3 // 4:
+            self._turn_over()
+
+    def _brought_along(self, now: int) -> Sequence[Change]:
+        return self._copied(list(islice(self.windows.uncopied, COPIED_AT_ONCE)), now)
+
+    def _copied(self, those: Iterable[Window], now: int) -> Sequence[Change]:
+        windows = self.windows
+        changes = [windows.copy(window, now) for window in those]
+        for change in changes:
+            windows.uncopied.pop(change.window, None)
+            if isinstance(change, Drop):
+                windows.drop(change.window)
+        return changes
+
+    def _turn_over(self) -> None:
+        """From now on the other half is written. It is not needed: all of its windows were brought along."""
+        number = self._number + 1
+        self._go_on_in(number)
+        self._file.append(framed(_encode(Head(number))))
+        self._file.turn = number
+
+    def _go_on_in(self, number: int) -> None:
+        self._file.go_to(number)
+        self._number = number
+        self.windows.uncopied = dict.fromkeys(self.windows)
+
+    def _move(self, now: int) -> None:
+        """To a file with more room, in which all windows are. Whoever finds the old one still in its place goes on there."""
+        windows, old = self.windows, self._file
+        every = list(windows)
+        parts = [every[begin : begin + COPIED_IN_MOVE] for begin in range(0, len(every), COPIED_IN_MOVE)]
+        frames = b"".join([framed(_encode(Head(1))), *(framed(_encode(Record(now, self._copied(part, now)))) for part in parts)])
+        old.turn = -self._number
+        try:
+            make(self._path, max(HALF, ROOM * len(frames)), frames)
+        except OSError:
+            old.turn = self._number
+            raise
+        self._file = MappedFile(self._path)
+        old.close()
+        self._number = 1
+        self._file.go_to(1)
+        self._file.position += len(frames)
+
+    def _opened(self) -> MappedFile:
+        try:
+            return MappedFile(self._path)
+        except FileNotFoundError:
+            pass
+        except Damaged:
+            self._warn()
+        make(self._path, HALF, framed(_encode(Head(1))))
+        return MappedFile(self._path)
+
+    def _open_anew(self) -> None:
+        """Others went on more than once, or in another file."""
+        self._file.close()
+        self.windows = Windows()
+        self._file = self._opened()
+        self._read_all()
+
+    def _read_all(self) -> None:
+        """The older half, if it is the one before, and the newer one."""
+        file, windows = self._file, self.windows
+        number = file.turn = abs(file.turn)  # negative: whoever was to move it was killed
+        file.go_to(number - 1)
+        if self._next() == Head(number - 1):
+            self._replay()
+        windows.uncopied = dict.fromkeys(windows)
+        file.go_to(number)
+        self._number = number
+        if self._next() == Head(number):
+            self._replay()
+        else:
+            self._warn()
+            file.go_to(number)
+            file.append(framed(_encode(Head(number))))
+
+    def _replay(self) -> None:
+        """To the end."""
+        windows = self.windows
+        while (entry := self._next()) is not None:
+            if isinstance(entry, Record):
+                for change in entry.changes:
+                    change.apply(windows, entry.now)
+                windows.latest = max(windows.latest, entry.now)
+
+    def _next(self) -> Entry | None:
+        file = self._file
+        try:
+            payload = file.next()
+            return None if payload is None else _decoder.decode(payload)
+        except (Damaged, msgspec.MsgspecError):
+            self._warn()
+            file.cut()
+            return None
+
+    def _warn(self) -> None:
+        log.warning("the window store %s was damaged; the windows that it tells nothing of begin anew", self._path.name)

@@ -1,0 +1,131 @@
+"""A file of two halves that all processes of a host have mapped into their memory, each filled with frames, one after the other.
+
+A frame is its length, a CRC-32 and its payload. The first two are written last, so that what a killed process left unfinished is not there.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from pathlib import Path
+from struct import Struct
+from zlib import crc32
+
+from ...errors import ConfigurationError
+
+MAGIC = b"aigwinds"
+VERSION = 1
+PAGE = 4096
+_head = Struct("<8sQQ")
+"""The magic, the version, the bytes of a half."""
+_turn = Struct("<q")
+_frame = Struct("<II")
+END = bytes(_frame.size)
+
+
+class Damaged(Exception):
+    """What is there is not what was written."""
+
+
+class MappedFile:
+    """The file at `path`, and the `position` in it where the next frame is read or written; first of all `go_to` a half. Opening raises
+    `OSError`, `Damaged` for a file that is none of these, and `ConfigurationError` for one of a newer release."""
+
+    def __init__(self, path: Path) -> None:
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            facts = os.fstat(descriptor)
+            head = os.pread(descriptor, PAGE, 0)
+            self.half = _half_of(head, facts.st_size, path.name)
+            self._memory = mmap.mmap(descriptor, facts.st_size)
+        finally:
+            os.close(descriptor)
+        self.identity = identity_of(facts)
+        self._begin = self._end = self.position = 0
+
+    @property
+    def turn(self) -> int:
+        """The number of the half that is written now, its parity says which; negative once the log went on in another file."""
+        return int(_turn.unpack_from(self._memory, _head.size)[0])
+
+    @turn.setter
+    def turn(self, number: int) -> None:
+        _turn.pack_into(self._memory, _head.size, number)
+
+    @property
+    def at_end(self) -> bool:
+        return self._memory[self.position : self.position + _frame.size] == END
+
+    @property
+    def used(self) -> int:
+        """Bytes of the half up to here."""
+        return self.position - self._begin
+
+    def go_to(self, number: int) -> None:
+        self._begin = self.position = PAGE + (number & 1) * self.half
+        self._end = self._begin + self.half
+
+    def next(self) -> bytes | None:
+        """The payload of the next frame, None at the end. Raises `Damaged`."""
+        begin = self.position + _frame.size
+        length, check = _frame.unpack_from(self._memory, self.position)
+        if not length:
+            return None
+        payload = self._memory[begin : begin + length]
+        if begin + length > self._end - len(END) or crc32(payload) != check:
+            raise Damaged
+        self.position = begin + length
+        return payload
+
+    def append(self, frames: bytes) -> bool:
+        """Writes them; False where there is no room for them, and nothing was done."""
+        memory, begin, end = self._memory, self.position, self.position + len(frames)
+        if end + len(END) > self._end:
+            return False
+        memory[begin + _frame.size : end + len(END)] = frames[_frame.size :] + END
+        memory[begin : begin + _frame.size] = frames[: _frame.size]
+        self.position = end
+        return True
+
+    def cut(self) -> None:
+        """Ends the half at `position`."""
+        self._memory[self.position : self.position + len(END)] = END
+
+    def close(self) -> None:
+        self._memory.close()
+
+
+def _half_of(head: bytes, size: int, name: str) -> int:
+    if len(head) < PAGE:
+        raise Damaged
+    magic, version, half = _head.unpack_from(head)
+    if magic == MAGIC and version > VERSION:
+        raise ConfigurationError(
+            f"{name} in data_dir has version {version} of its format, and this release knows {VERSION}: a newer release wrote it."
+            " Upgrade the package to that release, or give this one a data_dir of its own",
+            param="data_dir",
+        )
+    if magic != MAGIC or size != PAGE + 2 * half:
+        raise Damaged
+    return int(half)
+
+
+def framed(payload: bytes) -> bytes:
+    return _frame.pack(len(payload), crc32(payload)) + payload
+
+
+def make(path: Path, half: int, frames: bytes) -> None:
+    """A file at `path`, in place of what was there, with `half` bytes or some more in each of its halves, and `frames` in half 1. Written
+    and not only made longer: memory without a place on the disk would be fatal to use."""
+    half = -(-half // PAGE) * PAGE
+    unfinished = path.with_name(f"{path.name}.new")
+    descriptor = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write((_head.pack(MAGIC, VERSION, half) + _turn.pack(1)).ljust(PAGE, b"\0"))
+        file.write(bytes(half))
+        file.write(frames.ljust(half, b"\0"))
+    unfinished.replace(path)
+
+
+def identity_of(facts: os.stat_result) -> tuple[int, int]:
+    return facts.st_dev, facts.st_ino

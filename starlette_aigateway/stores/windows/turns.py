@@ -1,0 +1,152 @@
+"""Turns at the windows: under the lock between processes, what is asked is carried out and kept."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import ClassVar
+
+from ...policy.windows import microseconds
+from ...protocols import Clock
+from ..lock_file import LockFile
+from ..sqlite.connection import prepare_directory
+from ..turns import told
+from .book import Book
+from .log import WindowLog
+from .ops import Op, Outcome
+from .states import Change, Windows
+
+LOOK_EVERY = 1.0
+"""Seconds after which it is looked whether the file is still the one that was opened."""
+
+log = logging.getLogger("starlette_aigateway")
+
+
+@dataclass(frozen=True, kw_only=True)
+class WindowFile:
+    """`path` of None keeps the windows in this process. `clock` gives Unix seconds; `timeout` is the longest wait for the lock."""
+
+    path: Path | None
+    clock: Clock
+    timeout: float
+    name: ClassVar[str] = "window"
+    quick: ClassVar[bool] = True
+    lasts_at_once: ClassVar[bool] = True
+
+    def turns(self) -> WindowTurns:
+        return WindowTurns(self)
+
+
+class WindowTurns:
+    """As `Transactions`, for `GroupCommit`. Raises `OSError`, and `ConfigurationError` for a directory that cannot be or a file of a newer
+    release. After anything that failed the next turn reads the file anew."""
+
+    full: ClassVar[bool] = False
+    noted: ClassVar[bool] = True
+
+    def __init__(self, file: WindowFile) -> None:
+        self._file = file
+        path = file.path
+        self.lock = LockFile(None if path is None else path.with_name(f"{path.name}.lock"), file.name, file.timeout, brief=True)
+        self._kept: WindowLog | Unkept | None = None
+        self._look_at = 0.0
+
+    def turn(self, take: Callable[[], Sequence[Op]]) -> Sequence[Outcome]:
+        if self._kept is None and self._file.path is not None:
+            prepare_directory(self._file.path.parent)
+        with self.lock:
+            return self._carry_out(self._kept or self._open(), take())
+
+    def at_once(self, ops: Sequence[Op]) -> Sequence[Outcome] | None:
+        """None where the file is not open yet, or another process has its turn for longer than a moment."""
+        kept = self._kept
+        if kept is None or not self.lock.enter_at_once():
+            return None
+        try:
+            return self._carry_out(kept, ops)
+        finally:
+            self.lock.leave()
+
+    def sync(self) -> None:
+        """Windows have to outlive their process, not the machine."""
+
+    def checkpoint(self) -> None:
+        """The log keeps itself short."""
+
+    def note(self) -> None:
+        """No witness is told."""
+
+    def fail(self, error: Exception, count: int) -> Sequence[Exception]:
+        self.close()
+        return told(self._file.name, error, count)
+
+    def close(self) -> None:
+        self._forget()
+        self.lock.close()
+
+    def _open(self) -> WindowLog | Unkept:
+        self._kept = Unkept() if self._file.path is None else WindowLog(self._file.path)
+        return self._kept
+
+    def _carry_out(self, kept: WindowLog | Unkept, ops: Sequence[Op]) -> Sequence[Outcome]:
+        try:
+            kept = self._up_to_date(kept)
+            book = Book(kept.windows, microseconds(self._file.clock()))
+            outcomes = [op.apply(book) for op in ops]
+            if book.changes:
+                kept.append(book.now, book.changes)
+        except BaseException:
+            self._forget()
+            raise
+        return outcomes
+
+    def _up_to_date(self, kept: WindowLog | Unkept) -> WindowLog | Unkept:
+        kept.catch_up()
+        now = time.monotonic()
+        if now < self._look_at:
+            return kept
+        self._look_at = now + LOOK_EVERY
+        if kept.in_place:
+            return kept
+        log.warning("the file of the window store was removed or replaced while it was in use; what is there now goes on")
+        self._forget()
+        return self._open()
+
+    def _forget(self) -> None:
+        kept, self._kept = self._kept, None
+        if kept is not None:
+            kept.close()
+
+
+class Unkept:
+    """Windows without a file. A walk over them drops those in which nothing counts any more."""
+
+    in_place: ClassVar[bool] = True
+    WALK_AFTER: ClassVar[int] = 1024
+    STEP: ClassVar[int] = 4
+
+    def __init__(self) -> None:
+        self.windows = Windows()
+        self._changes = 0
+
+    def catch_up(self) -> None:
+        """There is nobody else."""
+
+    def append(self, now: int, changes: Sequence[Change]) -> None:
+        windows = self.windows
+        windows.latest = max(windows.latest, now)
+        self._changes += len(changes)
+        if not windows.uncopied and self._changes > self.WALK_AFTER:
+            self._changes = 0
+            windows.uncopied = dict.fromkeys(windows)
+        for window in list(islice(windows.uncopied, self.STEP)):
+            del windows.uncopied[window]
+            if windows.idle(window, now):
+                windows.drop(window)
+
+    def close(self) -> None:
+        """Nothing is open."""
