@@ -96,7 +96,7 @@ class OneConnection(Cache):  # type: ignore[misc]  # diskcache ships no types
             patience = self.timeout or self._patience  # it is 0 while the tables are set up, where diskcache retries some statements only
             self._connection = sqlite3.connect(self._path, timeout=patience, isolation_level=None, check_same_thread=False)
             self._connection.execute("PRAGMA trusted_schema=OFF")  # planted triggers and views call no function with side effects
-            self._connection.execute("PRAGMA synchronous=NORMAL")
+            self._connection.execute("PRAGMA synchronous=OFF")  # a third of a write, and the ledger's syncs wait for no others
             self._connection.execute("PRAGMA journal_size_limit=16777216")
             self._connection.execute("PRAGMA cache_size=-500")  # KiB, of SQLite's 2,000: what is read often is in the memory tier
         return self._connection

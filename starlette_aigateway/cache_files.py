@@ -14,13 +14,12 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from pathlib import Path
-from struct import Struct as Layout
-from struct import error
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 from msgspec import Struct
 
 from .cache_purges import Generation, Purges
+from .cache_seal import sealed, unsealed
 from .cache_sieve import Sieve
 from .protocols import Clock
 
@@ -46,9 +45,6 @@ MAX_PENDING_BYTES = 64 * 2**20
 KEPT_CORRUPT = 3
 DAMAGED = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR})
 """`SQLITE_ERROR` is a statement that does not fit the schema: somebody else's file."""
-
-EXPIRY = Layout(">d")
-"""In front of every value on disk: when it expires, by the gateway's clock."""
 
 Failed: TypeAlias = Callable[[str, Exception], None]
 """Told what could not be done, and why."""
@@ -129,15 +125,15 @@ class CacheFiles:
                 packed = None if self._reader is None else self._reader.read(key)
             if packed is None:
                 return None
-            (expires_at,) = EXPIRY.unpack_from(packed)
-        except (ValueError, error):  # a row that is not ours
+            expires_at, value = unsealed(key, packed)
+        except ValueError:  # a row that is not ours
             self._submit(Forget(key))
         except Exception as failure:  # noqa: BLE001  # whatever diskcache meets in a damaged file is a miss
             self._failed("read", failure)
             if damaged(failure):
                 self.ask(self._rebuild)
         else:
-            return Entry(expires_at, packed[EXPIRY.size :], generation)
+            return Entry(expires_at, value, generation)
         return None
 
     def write(self, key: str, entry: Entry, ttl: float) -> None:
@@ -333,7 +329,7 @@ def apply(writer: OneConnection, sieve: Sieve, tasks: Sequence[Put | Forget], ge
     puts = [task for task in last if isinstance(task, Put) and task.entry.generation in (None, generation)]
     for put in puts:
         sieve.mark((put.key,), put.entry.expires_at)
-    writer.write([(put.key, bytearray(EXPIRY.pack(put.entry.expires_at)) + put.entry.value, put.ttl) for put in puts])
+    writer.write([(put.key, sealed(put.key, put.entry.value, put.entry.expires_at), put.ttl) for put in puts])
 
 
 def take(tasks: Tasks, hurry: threading.Event) -> tuple[list[Task], bool]:

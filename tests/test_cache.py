@@ -125,6 +125,27 @@ async def test_a_planted_pickle_is_a_miss_and_never_runs(directory: Path, clock:
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.parametrize("how", ["another key's", "half of two", "shorter", "of an older release"])
+async def test_a_value_that_was_not_written_for_its_key_is_a_miss(directory: Path, clock: FakeClock, how: str) -> None:
+    """As the death of the machine may leave it: nothing is synced."""
+    async with await fresh(directory, clock) as cache:
+        await cache.put(key("a"), b"a" * 5000, 60)
+        await cache.put(key("b"), b"b" * 5000, 60)
+        await cache.flush()
+        (one, other) = [row[4] for row in rows(directory)]
+        value = {
+            "another key's": other,
+            "half of two": one[:3000] + other[3000:],
+            "shorter": one[:10],
+            "of an older release": one[:8] + one[12:],
+        }[how]
+        plant(directory, "a", mode=MODE_RAW, value=value)
+        assert await cache.get(key("a")) is None
+        assert await cache.get(key("b")) == b"b" * 5000
+        await cache.flush()
+        assert len(rows(directory)) == 1, "it is removed"
+
+
 async def test_a_planted_pickle_file_is_a_miss_and_never_runs(directory: Path, clock: FakeClock, tmp_path: Path) -> None:
     async with await fresh(directory, clock) as cache:
         (directory / "bomb.val").write_bytes(pickle.dumps(Bomb(tmp_path / "ran")))

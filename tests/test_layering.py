@@ -26,7 +26,7 @@ LAYERS: tuple[dict[str, set[str]], ...] = (
         "providers": {"providers"},
         "stores": {"stores"},
         "limiter": {"limiter"},
-        "cache": {"cache", "cache_disk", "cache_purges", "cache_sieve", "cache_files"},
+        "cache": {"cache", "cache_disk", "cache_purges", "cache_seal", "cache_sieve", "cache_files"},
         "public_prices": {"public_prices"},
     },
     {
