@@ -15,7 +15,9 @@ import pytest
 
 from starlette_aigateway.errors import NotFound, StorageUnavailable
 from starlette_aigateway.stores import commit as commit_module
-from starlette_aigateway.stores.commit import GroupCommit, Waiter
+from starlette_aigateway.stores import writer as writer_module
+from starlette_aigateway.stores.commit import GroupCommit
+from starlette_aigateway.stores.writer import Waiter, Writer
 from tests.test_commit import Store, together
 
 pytestmark = pytest.mark.anyio
@@ -25,7 +27,7 @@ HERE = threading.get_ident
 @pytest.fixture(autouse=True)
 def never_slow(monkeypatch: pytest.MonkeyPatch) -> None:
     """However long this machine keeps the loop from its batch."""
-    monkeypatch.setattr(commit_module, "SLOW", 1e9)
+    monkeypatch.setattr(writer_module, "SLOW", 1e9)
 
 
 @pytest.fixture
@@ -78,7 +80,7 @@ async def test_where_several_come_at_a_time_the_next_batch_waits_some_passes_for
     for alone in (1, 2):
         await commit.run(alone)
     await together(commit, [3, 4])
-    many = range(5, 5 + commit_module.ENOUGH)
+    many = range(5, 5 + Writer.ENOUGH)
     async with anyio.create_task_group() as group:
         for op in many:
             group.start_soon(commit.run, op)
@@ -144,7 +146,7 @@ async def test_what_comes_while_the_thread_carries_out_a_batch_is_the_loops_next
 async def test_a_batch_that_would_hold_up_the_loop_is_the_threads(
     store: Store, commit: GroupCommit[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(commit_module, "MAX_AT_ONCE", 3)
+    monkeypatch.setattr(writer_module, "MAX_AT_ONCE", 3)
     await together(commit, [1, 2, 3])
     await together(commit, [4, 5, 6, 7])
     assert [thread == HERE() for thread in store.threads] == [True, False]
@@ -153,10 +155,10 @@ async def test_a_batch_that_would_hold_up_the_loop_is_the_threads(
 async def test_after_a_slow_batch_the_loop_carries_out_none_for_a_while(
     store: Store, commit: GroupCommit[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(commit_module, "SLOW", -1.0)
+    monkeypatch.setattr(writer_module, "SLOW", -1.0)
     await commit.run(1)
     await commit.run(2)
-    monkeypatch.setattr(commit_module, "SLOW", 1e9)
+    monkeypatch.setattr(writer_module, "SLOW", 1e9)
     await commit.run(3)
     writer = commit._writer
     assert writer is not None
@@ -304,3 +306,74 @@ def test_a_forked_child_opens_its_own_connection(store: Store) -> None:
     anyio.run(several, 20)
     commit.close()
     assert store.stored() == [0, 1, 2, 10, 11, 12, 20, 21, 22]
+
+
+# --- now, without a wait ------------------------------------------------------------------------------------------------
+
+
+async def test_an_operation_alone_is_carried_out_now_with_its_own_result_or_error(store: Store, commit: GroupCommit[int, int]) -> None:
+    assert commit.now(1) == 2
+    with pytest.raises(NotFound):
+        commit.now(-1)
+    store.fault = sqlite3.OperationalError("disk I/O error")
+    with pytest.raises(StorageUnavailable):
+        commit.now(2)
+    assert store.stored() == [0, 1]
+    assert await commit.run(3) == 6, "the next one opens everything anew"
+    assert store.threads[:2] == [HERE()] * 2
+
+
+async def test_nothing_is_carried_out_now_before_what_was_asked_for_earlier(store: Store, commit: GroupCommit[int, int]) -> None:
+    failures: list[BaseException] = []
+    commit.tell(1, failures.append)
+    assert commit.now(2) is None, "that is gathered"
+    await anyio.wait_all_tasks_blocked()
+    assert commit.now(3) == 6
+    store.go_on.clear()
+    store.entered.clear()
+    async with anyio.create_task_group() as group:
+        with locked(store):
+            group.start_soon(commit.run, 4)
+            await with_the_thread(commit)
+        await anyio.to_thread.run_sync(store.entered.wait)
+        assert commit.now(5) is None, "the thread carries it out"
+        store.go_on.set()
+    assert store.stored() == [0, 1, 3, 4]
+
+
+async def test_nothing_is_carried_out_now_before_what_the_thread_is_about_to_begin_with(
+    store: Store, commit: GroupCommit[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer = commit._writer
+    assert writer is not None
+    monkeypatch.setattr(writer_module, "MAX_AT_ONCE", 0)
+    async with anyio.create_task_group() as group:
+        with writer._turn:
+            group.start_soon(commit.run, 1)
+            await with_the_thread(commit)
+        assert commit.now(2) is None
+    assert store.stored() == [0, 1]
+
+
+async def test_nothing_is_carried_out_now_where_it_would_have_to_wait(store: Store) -> None:
+    commit = store.commit(quick=True)
+    assert commit.now(1) is None, "nothing is open yet"
+    await commit.run(2)
+    with locked(store):
+        assert commit.now(3) is None
+    commit.close()
+    assert commit.now(4) is None
+    assert store.stored() == [2]
+
+
+async def test_what_comes_now_several_times_in_a_pass_is_gathered_until_it_is_calm(
+    store: Store, commit: GroupCommit[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(commit_module, "CALM", 2)
+    assert [commit.now(1), commit.now(2)] == [2, 4]
+    await anyio.lowlevel.checkpoint()
+    await anyio.lowlevel.checkpoint()
+    assert commit.now(3) is None, "the loop is busy"
+    for op in (4, 5):
+        await commit.run(op)
+    assert commit.now(6) == 12, "two came alone"

@@ -17,12 +17,13 @@ import anyio
 import pytest
 
 from starlette_aigateway.errors import StorageUnavailable
-from starlette_aigateway.stores import commit as commit_module
+from starlette_aigateway.stores import writer as writer_module
 from starlette_aigateway.stores.sqlite import transactions, write_ahead_log
 from starlette_aigateway.stores.sqlite.ledger import SQLiteLedger
 from starlette_aigateway.stores.sqlite.ledger_batch import Batch
 from starlette_aigateway.stores.sqlite.witness import Witness, noted
 from starlette_aigateway.stores.sqlite.write_ahead_log import WriteAheadLog
+from starlette_aigateway.stores.writer import Writer
 from starlette_aigateway.testing.ledger_kit import NOON, assert_clean, completed, gather, hold_request, money
 
 pytestmark = pytest.mark.anyio
@@ -69,11 +70,11 @@ def syncs(monkeypatch: pytest.MonkeyPatch) -> Syncs:
 
 @pytest.fixture(params=["the event loop commits", "the event loop commits during a sync", "the thread commits"], autouse=True)
 def committing(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(commit_module, "SLOW", 1e9)
+    monkeypatch.setattr(writer_module, "SLOW", 1e9)
     if request.param == "the event loop commits during a sync":
-        monkeypatch.setattr(commit_module, "ENOUGH", 1)
+        monkeypatch.setattr(Writer, "ENOUGH", 1)
     elif request.param == "the thread commits":
-        monkeypatch.setattr(commit_module, "MAX_AT_ONCE", 0)
+        monkeypatch.setattr(writer_module, "MAX_AT_ONCE", 0)
 
 
 @pytest.fixture
@@ -158,7 +159,7 @@ async def test_no_lock_is_held_while_the_disk_is_waited_for(ledger: SQLiteLedger
 async def test_what_comes_during_a_sync_is_one_batch_with_one_sync(
     ledger: SQLiteLedger, syncs: Syncs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(commit_module, "ENOUGH", 24)
+    monkeypatch.setattr(Writer, "ENOUGH", 24)
     gate = syncs.before = Gate()
     syncs.count = 0
     async with anyio.create_task_group() as group:
@@ -196,7 +197,7 @@ async def test_a_sync_that_fails_is_told_and_what_it_left_in_doubt_is_brought_ho
 async def test_what_was_committed_while_a_sync_failed_is_told_to_nobody_either(
     ledger: SQLiteLedger, path: Path, syncs: Syncs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(commit_module, "ENOUGH", 3)
+    monkeypatch.setattr(Writer, "ENOUGH", 3)
     gate, told = Gate(), list[str]()
 
     def fail() -> None:
@@ -212,7 +213,7 @@ async def test_what_was_committed_while_a_sync_failed_is_told_to_nobody_either(
     async with anyio.create_task_group() as group:
         group.start_soon(lost, "first")
         await gate.until_reached()
-        if commit_module.MAX_AT_ONCE:
+        if writer_module.MAX_AT_ONCE:
             for name in ("second", "third", "fourth"):
                 group.start_soon(lost, name)
             with anyio.fail_after(5):
@@ -228,7 +229,7 @@ async def test_what_was_committed_while_a_sync_failed_is_told_to_nobody_either(
 async def test_a_batch_that_fails_while_another_is_synced_harms_neither_that_one_nor_the_next(
     ledger: SQLiteLedger, path: Path, syncs: Syncs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(commit_module, "ENOUGH", 2)
+    monkeypatch.setattr(Writer, "ENOUGH", 2)
     gate = syncs.before = Gate()
     told: list[str] = []
     async with anyio.create_task_group() as group:
