@@ -5,9 +5,12 @@ from __future__ import annotations
 import fcntl
 import os
 import time
+from functools import partial
 from pathlib import Path
 
 from ..errors import StorageUnavailable
+
+_give_way = getattr(os, "sched_yield", partial(time.sleep, 0))  # not every Unix has it
 
 
 class LockFile:
@@ -23,6 +26,7 @@ class LockFile:
     """Seconds; several polls long, so that whoever waits finds the lock free before the one that had it comes again."""
 
     LOOKS = 64
+    """At a lock whose turns are brief: a few tenths of a millisecond, in which its holder may be given the core."""
 
     def __init__(self, path: Path | None, name: str, timeout: float, *, brief: bool = False) -> None:
         self._path = path
@@ -39,11 +43,10 @@ class LockFile:
             self._descriptor = os.open(self._path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
         if self._contended:
             time.sleep(self.COURTESY)
-        if not self._try(self._descriptor):
-            self._contended = not self._brief
+        free = self._try(self._descriptor)
+        self._contended = not (free or self._brief)
+        if not free:
             self._poll(self._descriptor)
-        else:
-            self._contended = False
 
     def enter_at_once(self) -> bool:
         """Enters without a wait and without opening anything, or says that this is not the moment: also where others had to be waited for
@@ -76,7 +79,7 @@ class LockFile:
 
     def _look_again(self, descriptor: int) -> bool:
         for _ in range(self.LOOKS):
-            os.sched_yield()
+            _give_way()
             if self._try(descriptor):
                 return True
         return False
