@@ -36,6 +36,9 @@ from starlette_aigateway.stores.sqlite.connection import connect
 from starlette_aigateway.stores.sqlite.ledger_ops import Reserve, Settle
 from starlette_aigateway.stores.sqlite.ledger_schema import SCHEMA, Prices
 from starlette_aigateway.stores.sqlite.ledger_writer import BatchWriter
+from starlette_aigateway.stores.windows.book import Book
+from starlette_aigateway.stores.windows.claims import acquisition
+from starlette_aigateway.stores.windows.states import Windows
 from starlette_aigateway.types import Answer, Caps, CompletionRequest, Price, Usage, WindowClaim
 from starlette_aigateway.wires import openai_chat, sse
 
@@ -118,16 +121,14 @@ def streams() -> Benchmarks:
 
 def policy() -> Benchmarks:
     whole, hold = request(), Hold(id="use_1", amount=200_000, made_at=NOW, expires_at=NOW + 60)
-    asked, now, span = hold_request("1"), windows.microseconds(NOW), 60 * windows.MICROSECONDS
-    moving, sliding = windows.Moving(500, 100, now - 1000), windows.Sliding(40_000, 90_000, now // span)
+    asked, now = hold_request("1"), windows.microseconds(NOW)
     books, periods = budgets.Books(), budgets.periods_of(budgets.day_number(NOW))
     books.balances = {(claim.scope, period): budgets.Balance() for claim in SCOPES for period in periods}
     claim = WindowClaim(principal_scope("key_1"), "tokens", 10**9, 500)
+    counted, both = Windows(), acquisition([WindowClaim(claim.scope, kind, 10**12, 500) for kind in ("requests", "tokens")])
 
     def two_windows() -> object:
-        if moving.admits(1000, 1) and sliding.admits(10**6, 500, now, span):
-            return moving.hit(1, now).usage(1000, now, span), sliding.hit(500).usage(10**6, now, span)
-        return None
+        return both.apply(Book(counted, now))
 
     def metered() -> Settlement:
         return metering.completed(hold, PRICE, USAGE, bounded=True, reported=True, model="gpt-4o-mini", latency_ms=800)
@@ -139,7 +140,7 @@ def policy() -> Benchmarks:
         "policy: ask": lambda: estimate.ask(whole, 1400, price=PRICE),
         "policy: unbounded_parameters": lambda: list(openai_chat.unbounded_parameters(whole)),
         "policy: cost": lambda: pricing.cost(USAGE, PRICE),
-        "policy: windows of requests and tokens": two_windows,
+        "windows of requests and tokens": two_windows,
         "policy: which window a claim names": lambda: windows.window_of(claim.scope, claim.kind, claim.seconds),
         "policy: grant in two scopes": lambda: budgets.grant(asked, books, periods, NOW),
         "policy: metering of an answer": metered,

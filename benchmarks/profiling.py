@@ -53,7 +53,7 @@ STAGES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ),
     ("HTTP of the gateway", ("@http/", "@gateway", "@middleware")),
     ("wire: decode, check, encode", ("@wires/",)),
-    ("windows", ("@limiter", "@policy/windows", "@stores/sqlite/window")),
+    ("windows", ("@limiter", "@policy/windows", "@stores/windows/")),
     ("cache", ("@cache", "@answers", "@repeats", "@policy/caching", "@flights", "diskcache/")),
     ("ledger", ("@holds", "@outbox", "@attempt", "@policy/budgets", "@stores/sqlite/ledger", "@stores/sqlite/witness", "@accounts")),
     ("group commit: hand over, wake", ("@stores/", "@wakeup")),

@@ -1,10 +1,9 @@
 """Sliding windows as arithmetic. Times and spans are integer microseconds, `now` comes in, nothing is stored here.
 
-Two kinds of window, after the strategies of `limits` (https://limits.readthedocs.io/en/stable/strategies.html):
-
-- `Moving` is exact. Everything that was ever let in has a place in a running total; a hit of `amount` below `limit` needs the total up
-  to `total + amount - limit` to have left the window. So one number decides, and one stored moment tells the wait.
-- `Sliding` is the counter that weighs the previous bucket: approximate, in constant space, and correctable after the fact.
+Windows of requests are exact: everything that was let in less than a span ago counts (`stores/windows/states.py`). Windows of tokens are
+counters that weigh the previous bucket, after a strategy of `limits`
+(https://limits.readthedocs.io/en/stable/strategies.html#sliding-window-counter): approximate, in constant space, and correctable after
+the fact.
 """
 
 from __future__ import annotations
@@ -23,7 +22,6 @@ __all__ = [
     "Demand",
     "Fixed",
     "Form",
-    "Moving",
     "Refusal",
     "Sliding",
     "Usage",
@@ -82,29 +80,6 @@ class Refusal(Struct, frozen=True):
     states: Sequence[WindowState]
 
 
-class Moving(Struct, frozen=True, gc=False):
-    """An exact window at one moment: `total` was ever let in, the first `expired` of it left the window, the last came at `last_at`."""
-
-    total: int = 0
-    expired: int = 0
-    last_at: int = 0
-
-    def need(self, limit: int, amount: int) -> int:
-        """How much of the total has to have expired before `amount` more fit below `limit`."""
-        return self.total + amount - limit
-
-    def admits(self, limit: int, amount: int) -> bool:
-        return self.total + amount - limit <= self.expired  # as `need`
-
-    def hit(self, amount: int, now: int) -> Moving:
-        return Moving(self.total + amount, self.expired, now)
-
-    def usage(self, limit: int, now: int, span: int) -> Usage:
-        used = self.total - self.expired
-        remaining = limit - used
-        return Usage(remaining if remaining > 0 else 0, moving_wait(self.last_at, now, span) if used else 0)
-
-
 def moving_wait(at: int, now: int, span: int) -> int:
     """Until what came in at `at` has left its window, which is half-open: [at, at + span)."""
     return max(0, at + span - now)
@@ -127,9 +102,6 @@ class Sliding(Struct, frozen=True, gc=False):
     def used(self, now: int, span: int) -> int:
         """`previous` weighs as much as of its bucket is less than a span ago, rounded down, as in `limits`."""
         return self.current + self.previous * (span - now % span) // span
-
-    def admits(self, limit: int, amount: int, now: int, span: int) -> bool:
-        return self.used(now, span) + amount <= limit
 
     def wait(self, room: int, now: int, span: int) -> int:
         """Microseconds until at most `room` (not negative) counts as used, if nothing more comes in."""
