@@ -7,8 +7,9 @@ import struct
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import AsyncExitStack, suppress
+from contextlib import AsyncExitStack, ExitStack, closing, suppress
 from pathlib import Path
+from random import Random
 
 import anyio
 import pytest
@@ -18,12 +19,14 @@ from hypothesis import strategies as st
 from starlette_aigateway import AIGateway
 from starlette_aigateway.errors import ConfigurationError, StorageUnavailable
 from starlette_aigateway.limiter import SharedWindows
-from starlette_aigateway.policy.windows import MICROSECONDS, Refusal, Window
+from starlette_aigateway.policy.windows import MICROSECONDS, Demand, Refusal, Window
 from starlette_aigateway.stores.windows import log as log_module
 from starlette_aigateway.stores.windows import mapped_file
 from starlette_aigateway.stores.windows import turns as turns_module
+from starlette_aigateway.stores.windows.book import Book
 from starlette_aigateway.stores.windows.log import WindowLog
 from starlette_aigateway.stores.windows.mapped_file import PAGE, MappedFile, framed
+from starlette_aigateway.stores.windows.ops import Acquire
 from starlette_aigateway.stores.windows.states import Change, Count, Hit, Windows
 from starlette_aigateway.stores.windows.storage import FileWindowStorage
 from starlette_aigateway.testing.clock import FakeClock
@@ -119,6 +122,33 @@ def test_all_processes_see_the_same_windows_over_halves_and_moves(
             log.catch_up()
             assert used(log.windows, now) == used(alone, now)
             log.close()
+
+
+@settings(max_examples=15, deadline=None)
+@given(random=st.randoms(use_true_random=False))
+def test_all_processes_agree_whatever_the_clock_does(random: Random, tmp_path_factory: pytest.TempPathFactory) -> None:
+    path, now = tmp_path_factory.mktemp("log") / "windows.log", NOW
+    with pytest.MonkeyPatch.context() as patched, ExitStack() as stack:
+        patched.setattr(log_module, "HALF", SMALL)
+        logs = [stack.enter_context(closing(WindowLog(path))) for _ in range(3)]
+        for _ in range(200):
+            now += random.choice([0, 1, 5, 70, 200, -1, -30, -200]) * MICROSECONDS
+            exact, counter = (window(random.randrange(10), form) for form in ("moving", "sliding"))
+            log = random.choice(logs)
+            log.catch_up()
+            book = Book(log.windows, now)
+            if random.random() < 0.3:
+                book.correct(counter, random.randrange(-50, 50), now - 60 * MICROSECONDS)
+            else:
+                verdict = Acquire([Demand(exact, 5, 1), Demand(counter, 100, random.randrange(60))]).apply(book)
+                assert verdict.wait is None or 0 <= verdict.wait <= 2 * SPAN
+            if book.changes:
+                log.append(now, book.changes)
+            for one in logs:
+                one.catch_up()
+                assert used(one.windows, now) == used(logs[0].windows, now)
+        late = stack.enter_context(closing(WindowLog(path)))
+        assert used(late.windows, now) == used(logs[0].windows, now)
 
 
 def test_a_full_half_goes_on_in_the_other_and_keeps_what_counts(path: Path, small: None, logs: list[WindowLog]) -> None:
