@@ -1,5 +1,6 @@
 """Group commit of a file that waits for no disk: an event loop writes to it itself, and never waits there."""
 
+import asyncio
 import fcntl
 import os
 import sqlite3
@@ -282,6 +283,52 @@ def test_loops_of_several_threads_share_one_connection(store: Store) -> None:
     commit.close()
     assert len(store.stored()) == 160
     assert store.opened == 1
+
+
+def test_what_a_loop_gathered_that_was_closed_is_carried_out_by_the_next_one(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(commit_module, "PASSES", 10**9)
+    monkeypatch.setattr(commit_module, "CALM", 1)
+    commit = store.commit(quick=True)
+
+    async def leave_behind() -> None:
+        await commit.run(1)
+        await together(commit, [2, 3])
+        commit.tell(4, lambda _failure: None)
+
+    async def go_on() -> None:
+        await commit.run(5)
+        await commit.run(6)
+        assert commit.now(7) == 14
+
+    asyncio.run(leave_behind())
+    assert store.stored() == [1, 2, 3]
+    monkeypatch.setattr(commit_module, "PASSES", 1)
+    asyncio.run(go_on())
+    assert store.stored() == [1, 2, 3, 4, 5, 6, 7]
+    commit.close()
+
+
+def test_a_loop_that_was_closed_before_its_operations_were_counted_spoils_no_count(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(commit_module, "RECOUNT", 4)
+    commit = store.commit(quick=True)
+
+    async def several() -> None:
+        for op in range(2, 10):
+            commit.now(op)
+            commit.now(op + 100)
+            await anyio.lowlevel.checkpoint()
+
+    def alone(loop: asyncio.AbstractEventLoop) -> None:
+        assert commit.now(1) == 2
+        loop.stop()
+
+    anyio.run(commit.run, 0)
+    with closing(asyncio.new_event_loop()) as loop:
+        loop.call_soon(alone, loop)
+        loop.run_forever()
+    anyio.run(several)
+    assert commit._busy
+    commit.close()
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")  # such a fork is what is tested

@@ -1,6 +1,7 @@
 """The file of the windows: several processes at one log, its halves, its moves, and what kills and damage leave of it."""
 
 import errno
+import fcntl
 import logging
 import signal
 import struct
@@ -20,6 +21,7 @@ from starlette_aigateway import AIGateway
 from starlette_aigateway.errors import ConfigurationError, StorageUnavailable
 from starlette_aigateway.limiter import SharedWindows
 from starlette_aigateway.policy.windows import MICROSECONDS, Demand, Refusal, Window
+from starlette_aigateway.stores.lock_file import LockFile
 from starlette_aigateway.stores.windows import log as log_module
 from starlette_aigateway.stores.windows import mapped_file
 from starlette_aigateway.stores.windows import turns as turns_module
@@ -27,7 +29,7 @@ from starlette_aigateway.stores.windows.book import Book
 from starlette_aigateway.stores.windows.log import WindowLog
 from starlette_aigateway.stores.windows.mapped_file import PAGE, MappedFile, framed
 from starlette_aigateway.stores.windows.ops import Acquire
-from starlette_aigateway.stores.windows.states import Change, Count, Hit, Windows
+from starlette_aigateway.stores.windows.states import Change, Count, Hit, SteppedBack, Windows
 from starlette_aigateway.stores.windows.storage import FileWindowStorage
 from starlette_aigateway.testing.clock import FakeClock
 from starlette_aigateway.testing.windows import admitted, remaining, requests, tokens
@@ -37,6 +39,8 @@ pytestmark = pytest.mark.anyio
 SPAN = 60 * MICROSECONDS
 NOW = 1_700_000_000 * MICROSECONDS
 SMALL = 4096
+GUARD = (1, 2)
+"""Which lock it is: these logs take their turns one after the other."""
 
 
 @pytest.fixture
@@ -52,6 +56,10 @@ def path(tmp_path: Path) -> Path:
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(log_module, "HALF", SMALL)
+
+
+def header(half: int) -> bytes:
+    return struct.pack("<8sQQQQq", b"aigwinds", 1, half, *GUARD, 1).ljust(PAGE, b"\x00")
 
 
 def window(number: int, form: str = "moving") -> Window:
@@ -107,7 +115,7 @@ def test_all_processes_see_the_same_windows_over_halves_and_moves(
     alone, now = Windows(), NOW
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(log_module, "HALF", SMALL)
-        logs = [WindowLog(path) for _ in range(3)]
+        logs = [WindowLog(path, GUARD) for _ in range(3)]
         turns = set()
         for who, pause, number, form, amount in steps:
             now += pause
@@ -117,7 +125,7 @@ def test_all_processes_see_the_same_windows_over_halves_and_moves(
             keep(logs[who], now, change)
             turns.add((logs[who]._file.identity, logs[who]._number))
             assert used(logs[who].windows, now) == used(alone, now)
-        late = WindowLog(path)
+        late = WindowLog(path, GUARD)
         for log in (*logs, late):
             log.catch_up()
             assert used(log.windows, now) == used(alone, now)
@@ -130,7 +138,7 @@ def test_all_processes_agree_whatever_the_clock_does(random: Random, tmp_path_fa
     path, now = tmp_path_factory.mktemp("log") / "windows.log", NOW
     with pytest.MonkeyPatch.context() as patched, ExitStack() as stack:
         patched.setattr(log_module, "HALF", SMALL)
-        logs = [stack.enter_context(closing(WindowLog(path))) for _ in range(3)]
+        logs = [stack.enter_context(closing(WindowLog(path, GUARD))) for _ in range(3)]
         for _ in range(200):
             now += random.choice([0, 1, 5, 70, 200, -1, -30, -200]) * MICROSECONDS
             exact, counter = (window(random.randrange(10), form) for form in ("moving", "sliding"))
@@ -147,24 +155,24 @@ def test_all_processes_agree_whatever_the_clock_does(random: Random, tmp_path_fa
             for one in logs:
                 one.catch_up()
                 assert used(one.windows, now) == used(logs[0].windows, now)
-        late = stack.enter_context(closing(WindowLog(path)))
+        late = stack.enter_context(closing(WindowLog(path, GUARD)))
         assert used(late.windows, now) == used(logs[0].windows, now)
 
 
 def test_a_full_half_goes_on_in_the_other_and_keeps_what_counts(path: Path, small: None, logs: list[WindowLog]) -> None:
-    logs += [WindowLog(path), WindowLog(path)]
+    logs += [WindowLog(path, GUARD), WindowLog(path, GUARD)]
     short, long = window(0), Window("key:1", "sliding", 10**6)
     for number in range(400):
         keep(logs[number % 2], NOW + number * MICROSECONDS, Hit(short, 1), Hit(long, 1))
     assert logs[0]._number > 4
     assert path.stat().st_size == PAGE + 2 * SMALL
-    logs += [WindowLog(path)]
+    logs += [WindowLog(path, GUARD)]
     for log in logs[1:]:
         assert used(log.windows, NOW + 399 * MICROSECONDS) == {short: 60, long: 400}
 
 
 def test_what_needs_more_room_moves_to_a_larger_file(path: Path, small: None, logs: list[WindowLog]) -> None:
-    logs += [WindowLog(path), WindowLog(path)]
+    logs += [WindowLog(path, GUARD), WindowLog(path, GUARD)]
     before = logs[0]._file.identity
     for number in range(300):
         keep(logs[0], NOW, Hit(window(number), 1))
@@ -176,7 +184,7 @@ def test_what_needs_more_room_moves_to_a_larger_file(path: Path, small: None, lo
 
 
 def test_a_process_that_was_away_for_long_reads_everything_anew(path: Path, small: None, logs: list[WindowLog]) -> None:
-    logs += [WindowLog(path), WindowLog(path)]
+    logs += [WindowLog(path, GUARD), WindowLog(path, GUARD)]
     for number in range(600):
         keep(logs[0], NOW + number * MICROSECONDS, Hit(window(0), 1), Hit(window(1, "sliding"), 2))
     assert logs[0]._number > logs[1]._number + 2
@@ -194,17 +202,17 @@ class Killed(BaseException):
 
 def test_a_frame_that_was_not_finished_is_not_there(path: Path, logs: list[WindowLog]) -> None:
     """The first bytes of a frame are written last; what comes after takes its place."""
-    logs += [WindowLog(path)]
+    logs += [WindowLog(path, GUARD)]
     keep(logs[0], NOW, Hit(window(0), 1))
     file = logs[0]._file
     file._memory[file.position + 8 : file.position + 200] = b"\xff" * 192
-    logs += [WindowLog(path)]
+    logs += [WindowLog(path, GUARD)]
     for log in logs:
         log.catch_up()
         assert used(log.windows, NOW) == {window(0): 1}
     keep(logs[1], NOW, Hit(window(0), 1))
     keep(logs[0], NOW, Hit(window(0), 1))
-    logs += [WindowLog(path)]
+    logs += [WindowLog(path, GUARD)]
     assert used(logs[2].windows, NOW) == {window(0): 3}
 
 
@@ -212,7 +220,7 @@ def test_a_frame_that_was_not_finished_is_not_there(path: Path, logs: list[Windo
 def test_a_kill_between_two_halves_loses_nothing(
     path: Path, small: None, logs: list[WindowLog], monkeypatch: pytest.MonkeyPatch, at: str
 ) -> None:
-    logs += [WindowLog(path), WindowLog(path)]
+    logs += [WindowLog(path, GUARD), WindowLog(path, GUARD)]
 
     def die(log: WindowLog) -> None:
         if at == "before the turn":
@@ -228,7 +236,7 @@ def test_a_kill_between_two_halves_loses_nothing(
                 total += 1
                 keep(logs[0], NOW, Hit(window(0), 1))
     assert total < 1000, "it was killed"
-    logs += [WindowLog(path)]
+    logs += [WindowLog(path, GUARD)]
     for log in logs[1:]:
         log.catch_up()
         assert used(log.windows, NOW) == {window(0): total}
@@ -243,7 +251,7 @@ def test_a_kill_between_two_halves_loses_nothing(
 def test_a_kill_while_the_log_moves_loses_nothing(
     path: Path, small: None, logs: list[WindowLog], monkeypatch: pytest.MonkeyPatch, after: bool
 ) -> None:
-    logs += [WindowLog(path), WindowLog(path)]
+    logs += [WindowLog(path, GUARD), WindowLog(path, GUARD)]
     make = mapped_file.make
 
     def die(*arguments: object) -> None:
@@ -259,7 +267,7 @@ def test_a_kill_while_the_log_moves_loses_nothing(
                 count += 1
                 keep(logs[0], NOW, Hit(window(count), 1))
     assert count < 1000, "it was killed"
-    logs += [WindowLog(path)]
+    logs += [WindowLog(path, GUARD)]
     told = {window(number): 1 for number in range(1, count + 1)}
     for log in logs[1:]:
         log.catch_up()
@@ -317,7 +325,7 @@ async def look(path: Path) -> int:
 
 
 def test_what_came_before_the_damage_still_counts(path: Path, logs: list[WindowLog], caplog: pytest.LogCaptureFixture) -> None:
-    logs += [WindowLog(path)]
+    logs += [WindowLog(path, GUARD)]
     places = []
     for number in range(20):
         places.append(logs[0]._file.position)
@@ -326,24 +334,63 @@ def test_what_came_before_the_damage_still_counts(path: Path, logs: list[WindowL
         file.seek(places[10] + 12)
         file.write(b"\xff" * 100)
     with caplog.at_level(logging.WARNING, "starlette_aigateway"):
-        logs += [WindowLog(path)]
+        logs += [WindowLog(path, GUARD)]
     assert used(logs[1].windows, NOW) == {window(number): 1 for number in range(10)}
     assert "damaged" in caplog.text
     keep(logs[1], NOW, Hit(window(99), 1))
-    logs += [WindowLog(path)]
+    logs += [WindowLog(path, GUARD)]
     assert used(logs[2].windows, NOW) == used(logs[1].windows, NOW)
 
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"SQLite format 3\x00" + bytes(20_000), b"aigwinds", struct.pack("<8sQQq", b"aigwinds", 1, 10**6, 1).ljust(PAGE, b"\x00")],
-    ids=["empty", "another file", "short", "cut short"],
+    [b"", b"SQLite format 3\x00" + bytes(20_000), b"aigwinds", header(half=10**6), header(half=0)],
+    ids=["empty", "another file", "short", "cut short", "nothing but a head"],
 )
 async def test_a_file_that_is_none_of_ours_is_replaced(path: Path, clock: FakeClock, content: bytes) -> None:
     path.write_bytes(content)
     async with FileWindowStorage(path=path, clock=clock) as storage:
         assert await admitted(storage, requests(1))
         assert not await admitted(storage, requests(1))
+
+
+def test_who_read_on_before_the_damage_agrees_with_everybody_else(path: Path, logs: list[WindowLog]) -> None:
+    logs += [WindowLog(path, GUARD) for _ in range(3)]
+    keep(logs[0], NOW, Hit(window(0), 1))
+    place = logs[0]._file.position
+    keep(logs[0], NOW, Hit(window(0), 1))
+    keep(logs[1], NOW, Hit(window(0), 1))
+    with path.open("r+b") as file:
+        file.seek(place + 12)
+        file.write(b"\xff" * 10)
+    keep(logs[2], NOW, Hit(window(0), 1))
+    for log in (*logs, WindowLog(path, GUARD)):
+        log.catch_up()
+        assert used(log.windows, NOW) == {window(0): 2}
+        assert log.in_place
+
+
+@pytest.mark.parametrize(("turn", "known"), [(0, 1), (2**62 + 1, 1), (-(2**63), 1), (77, 0)])
+async def test_a_half_that_there_cannot_be_is_damage_and_what_the_first_one_tells_is_kept(
+    path: Path, clock: FakeClock, turn: int, known: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with FileWindowStorage(path=path, clock=clock) as storage:
+        assert await admitted(storage, requests(5))
+        with path.open("r+b") as file:
+            file.seek(40)
+            file.write(struct.pack("<q", turn))
+        for more in (1, 2):
+            assert await admitted(storage, requests(5))
+            assert await remaining(storage, requests(5)) == [5 - known - more]
+    assert "damaged" in caplog.text
+
+
+def test_a_correction_of_the_clock_in_a_window_that_the_damage_took_changes_nothing(path: Path, logs: list[WindowLog]) -> None:
+    logs += [WindowLog(path, GUARD)]
+    for form in ("fixed", "moving", "sliding"):
+        logs[0].append(NOW, [SteppedBack(window(0, form))])
+    logs += [WindowLog(path, GUARD)]
+    assert used(logs[1].windows, NOW) == {}
 
 
 async def test_a_half_without_its_head_begins_anew(path: Path, clock: FakeClock) -> None:
@@ -385,6 +432,48 @@ async def test_a_file_that_was_removed_begins_anew_for_everybody(
         assert await admitted(one, requests(1))
         assert not await admitted(other, requests(1))
     assert "removed or replaced" in caplog.text
+
+
+async def test_who_opened_a_lock_file_that_was_removed_since_waits_for_who_came_later(path: Path, clock: FakeClock) -> None:
+    lock = path.with_name("windows.log.lock")
+    async with AsyncExitStack() as stack:
+        earlier = await stack.enter_async_context(FileWindowStorage(path=path, clock=clock, timeout=0.05))
+        assert await admitted(earlier, requests(3))
+        lock.unlink()
+        assert await admitted(earlier, requests(3)), "nobody else is there"
+        later = await stack.enter_async_context(FileWindowStorage(path=path, clock=clock, timeout=0.05))
+        with lock.open("r+b") as another:
+            fcntl.flock(another, fcntl.LOCK_EX)
+            for storage in (earlier, later):
+                with pytest.raises(StorageUnavailable, match="locked"):
+                    await storage.acquire_all([requests(3)])
+        for storage in (earlier, later):
+            assert await remaining(storage, requests(3)) == [1]
+        assert await admitted(earlier, requests(3))
+        assert not await admitted(later, requests(3))
+
+
+async def test_a_lock_file_that_is_replaced_whenever_it_is_entered_is_storage_unavailable(
+    path: Path, clock: FakeClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock = path.with_name("windows.log.lock")
+    async with FileWindowStorage(path=path, clock=clock) as storage:
+        assert await admitted(storage, requests(3))
+        enter = LockFile.__enter__
+
+        def replaced(self: LockFile) -> None:
+            enter(self)
+            lock.unlink()
+
+        with monkeypatch.context() as patched:
+            patched.setattr(LockFile, "__enter__", replaced)
+            lock.unlink()
+            await storage.reset()
+            async with FileWindowStorage(path=path, clock=clock) as other:
+                assert not await other.check()
+            with pytest.raises(StorageUnavailable, match="again and again"):
+                await other.reset()
+        assert await admitted(storage, requests(3))
 
 
 # --- one at a time ------------------------------------------------------------------------------------------------------
@@ -430,6 +519,21 @@ async def test_operations_that_come_together_are_one_turn_and_alone_they_are_don
         assert sum(records) == 43
         assert max(records) > 1, "the loop was busy then"
         assert await remaining(storage, requests(100)) == [57]
+
+
+async def test_a_fixed_window_ends_at_the_latest_its_length_after_a_clock_that_stepped_back(path: Path, clock: FakeClock) -> None:
+    async with AsyncExitStack() as stack:
+        one, other = [await stack.enter_async_context(FileWindowStorage(path=path, clock=clock)) for _ in range(2)]
+        assert await one.incr("key", 60) == 1
+        clock.advance(-86_400)
+        assert await one.get_expiry("key") == clock() + 60
+        clock.advance(20)
+        assert await other.get_expiry("key") == clock() + 40
+        assert await other.incr("key", 60) == 2
+        clock.advance(-20)
+        assert await other.incr("key", 60) == 3
+        clock.advance(60)
+        assert [await storage.get("key") for storage in (one, other)] == [0, 0]
 
 
 async def test_a_clock_that_steps_back_is_seen_by_every_process(path: Path, clock: FakeClock) -> None:

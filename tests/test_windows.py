@@ -5,10 +5,13 @@ import fcntl
 import os
 import signal
 import stat
+import struct
 import subprocess
 import sys
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import partial
+from math import inf, nan
 from pathlib import Path
 
 import anyio
@@ -206,6 +209,50 @@ async def test_two_claims_on_one_window_are_refused(storage: FileWindowStorage) 
 async def test_a_claim_that_makes_no_sense_is_refused(storage: FileWindowStorage, claim: WindowClaim) -> None:
     with pytest.raises(InvalidArgument):
         await storage.acquire_all([claim])
+
+
+@pytest.mark.parametrize("path", ["windows.log", ":memory:"])
+async def test_what_is_no_whole_number_or_no_text_reaches_no_window(tmp_path: Path, clock: FakeClock, path: str) -> None:
+    """Also where the same number was asked for before, as an int that is equal to it."""
+    at = path if path == ":memory:" else tmp_path / path
+    async with FileWindowStorage(path=at, clock=clock) as storage:
+        assert await admitted(storage, requests(3), tokens(100, 60))
+        assert await storage.incr("key", 60) == 1
+        assert await storage.acquire_entry("key", 5, 60)
+        refused: list[Callable[[], Awaitable[object]]] = [
+            lambda: storage.acquire_all([requests(3, amount=True)]),
+            lambda: storage.acquire_all([requests(3, amount=1.0)]),  # type: ignore[arg-type]
+            lambda: storage.acquire_all([requests(3, seconds=60.0)]),  # type: ignore[arg-type]
+            lambda: storage.acquire_all([requests(True)]),
+            lambda: storage.acquire_all([requests(None)]),  # type: ignore[arg-type]
+            lambda: storage.acquire_entry("key", 5, 60, 1.5),  # type: ignore[arg-type]
+            lambda: storage.acquire_entry("key", 5, 60.0),  # type: ignore[arg-type]
+            lambda: storage.acquire_entry(7, 5, 60),  # type: ignore[arg-type]
+            lambda: storage.acquire_sliding_window_entry("key", 5, 60, True),
+            lambda: storage.incr("key", 60.0),  # type: ignore[arg-type]
+            lambda: storage.incr("key", 60, 1.0),  # type: ignore[arg-type]
+            lambda: storage.adjust([(tokens(100, 60), -5.0)]),  # type: ignore[list-item]
+            lambda: storage.adjust([(tokens(100, 60), False)]),
+            *(partial(storage.adjust, [(tokens(100, 60), -5)], charged_at=moment) for moment in (inf, -inf, nan, 1e15)),
+        ]
+        for ask in refused:
+            with pytest.raises(InvalidArgument):
+                await ask()
+        assert await remaining(storage, requests(3), tokens(100, 0)) == [2, 40]
+        assert await storage.get("key") == 1
+        if at != ":memory:":
+            async with FileWindowStorage(path=at, clock=clock) as other:
+                assert await remaining(other, requests(3), tokens(100, 0)) == [2, 40]
+
+
+async def test_windows_in_memory_outlive_an_operation_that_fails(clock: FakeClock, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with FileWindowStorage(path=":memory:", clock=clock) as storage:
+        assert await admitted(storage, requests(3))
+        with monkeypatch.context() as patched:
+            patched.setattr("starlette_aigateway.stores.windows.ops.Acquire.apply", lambda *_: 1 / 0)
+            with pytest.raises(StorageUnavailable):
+                await storage.acquire_all([requests(3)])
+        assert await remaining(storage, requests(3)) == [2]
 
 
 async def test_a_window_of_requests_cannot_be_corrected(storage: FileWindowStorage) -> None:
@@ -419,6 +466,19 @@ async def test_a_lock_held_by_another_process_is_waited_for_and_then_refused(tmp
             with pytest.raises(StorageUnavailable):
                 await storage.acquire_all([requests(3)])
         assert await admitted(storage, requests(3))
+
+
+async def test_a_correction_for_which_the_file_is_too_new_is_told(tmp_path: Path, clock: FakeClock) -> None:
+    path, failures = tmp_path / "windows.log", list[BaseException]()
+    async with FileWindowStorage(path=path, clock=clock) as storage:
+        assert await admitted(storage, tokens(100, 60))
+        with path.open("r+b") as file:
+            file.seek(8)
+            file.write(struct.pack("<Q", 99))
+            file.seek(40)
+            file.write(struct.pack("<q", 7))
+        storage.adjust_soon([(tokens(100, 60), -50)], failed=failures.append)
+    assert [type(failure) for failure in failures] == [ConfigurationError]
 
 
 async def test_a_correction_that_cannot_be_made_is_told(tmp_path: Path, clock: FakeClock, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -132,12 +132,16 @@ class Fixed(Struct, frozen=True, gc=False):
 
     value: int = 0
     expires_at: int = 0
+    span: int = 0
 
     def at(self, now: int) -> Fixed:
-        return self if now < self.expires_at else Fixed()
+        """After the clock was stepped back it lasts no longer than a span from now on."""
+        if now >= self.expires_at:
+            return Fixed()
+        return self if self.expires_at <= now + self.span else Fixed(self.value, now + self.span, self.span)
 
     def hit(self, amount: int, now: int, span: int) -> Fixed:
-        return Fixed(self.value + amount, self.expires_at or now + span)
+        return Fixed(self.value + amount, self.expires_at or now + span, self.span or span)
 
 
 def _elapsed_until(count: int, room: int, span: int) -> int:
@@ -154,7 +158,7 @@ def in_seconds(span: int) -> float:
     return span / MICROSECONDS
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=4096, typed=True)
 def window_of(scope: str, kind: WindowKind, seconds: int) -> Window:
     """Requests are counted exactly, tokens by the counter."""
     return Window(WindowClaim(scope, kind, 1, 1, seconds).key, "moving" if kind == "requests" else "sliding", seconds)

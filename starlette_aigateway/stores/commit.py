@@ -1,11 +1,10 @@
-"""Group commit: whatever waits is committed as one transaction, one after the other, on the event loop or by one writer thread per
-process and file.
+"""Group commit: whatever waits is carried out in one turn at a file, a transaction as a rule, one after the other, on the event loop or by
+one writer thread per process and file.
 
-Operations are values. All that wait are handed to one `apply` function inside `BEGIN IMMEDIATE` ... `COMMIT`; every waiter learns its own
-result only when the commit lasts. So a batch costs one sync to the disk and few statements, and since each SQLite statement gives up the
-interpreter lock, few statements also means few waits for the event loop's thread.
+Operations are values; every waiter learns its own result only when the turn lasts. So a batch costs one sync to the disk and few
+statements, and since each SQLite statement gives up the interpreter lock, few statements also means few waits for the event loop's thread.
 
-Between processes a lock file stands before the database: SQLite's own busy handler sleeps ever longer and starves its waiters
+Between processes a lock file stands before the file: SQLite's own busy handler sleeps ever longer and starves its waiters
 (seconds at four processes). What waits joins the batch until the moment the lock is ours.
 
 The event loop carries out a batch itself, at the end of a pass or of a few, where nothing at all has to be waited for: two changes of
@@ -28,6 +27,7 @@ PASSES = 3
 several came at a time not long ago."""
 CALM = 16
 """Single operations, one after the other, after which an event loop is taken to be busy no more."""
+RECOUNT = 64
 
 
 class GroupCommit(Generic[Op, Result]):
@@ -64,7 +64,7 @@ class GroupCommit(Generic[Op, Result]):
             return None
         outcome = writer.now(op)
         self._came += 1
-        if self._came == 1:
+        if self._came % RECOUNT == 1:  # again and again, should the loop of the first have ended before it was counted
             wakeup().soon(self._count)
         if isinstance(outcome, BaseException):
             raise outcome
@@ -104,6 +104,7 @@ class GroupCommit(Generic[Op, Result]):
         loop = id(waiter.wakeup.loop)
         gathered = self._gathered.get(loop)
         if gathered is None:
+            self._submit_stranded()
             self._gathered[loop] = [waiter]
             passes = PASSES if self._busy else 0
             waiter.wakeup.soon(lambda: self._pass_by(loop, passes))
@@ -139,6 +140,14 @@ class GroupCommit(Generic[Op, Result]):
         else:
             self._end_pass(loop)
 
+    def _submit_stranded(self) -> None:
+        """What other event loops brought that have ended since."""
+        for loop, waiters in list(self._gathered.items()):
+            try:
+                waiters[0].wakeup.schedule(nothing)
+            except RuntimeError:  # it is closed
+                self._submit(loop)
+
     def _submit(self, loop: int) -> None:
         waiters = self._gathered.pop(loop, None)
         if waiters is not None:
@@ -154,7 +163,12 @@ class GroupCommit(Generic[Op, Result]):
         """In a forked child: the thread stayed behind, and the descriptor that came along must not keep the parent's lock alive."""
         writer, self._writer = self._writer, None
         self._gathered = {}
+        self._came = 0
         self._guard = threading.Lock()
         self._pid = THIS.pid
         if writer is not None:
             writer.forget()
+
+
+def nothing() -> None:
+    """For a loop that is asked whether it still runs."""

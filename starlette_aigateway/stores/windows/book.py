@@ -36,7 +36,11 @@ class Book:
         self._change(Correction(window, delta, charged_at))
 
     def fixed(self, window: Window) -> Fixed:
-        return self._windows.fixed.get(window, UNBEGUN).at(self.now)
+        known = self._windows.fixed.get(window, UNBEGUN)
+        seen = known.at(self.now)
+        if 0 < seen.expires_at < known.expires_at:
+            self._change(SteppedBack(window))
+        return seen
 
     def count(self, window: Window, amount: int, lasting: int) -> int:
         self._change(Count(window, amount, lasting))

@@ -1,4 +1,5 @@
-"""Windows and demands from what callers give, checked."""
+"""Windows and demands from what callers give, checked: what gets past here is written to a log that all processes read, and has to be of
+exactly the types that they expect. A bool or a 60.0 is not."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ from ...types import MAX_WINDOW
 from .ops import Acquire, Adjust
 
 LONGEST_SECONDS = 10**9
+LATEST = 10**12
 
 
 def named(key: str, form: Form, seconds: int) -> Window:
@@ -23,8 +25,10 @@ def fixed(key: str) -> Window:
 
 
 def demand(window: Window, limit: int, amount: int) -> Demand:
-    if not 0 <= amount <= MAX_WINDOW:
-        raise InvalidArgument(f"an amount has to be between 0 and {MAX_WINDOW}", param="amount")
+    if type(amount) is not int or not 0 <= amount <= MAX_WINDOW:
+        raise InvalidArgument(f"an amount has to be a whole number between 0 and {MAX_WINDOW}", param="amount")
+    if type(limit) is not int:
+        raise InvalidArgument("a limit has to be a whole number", param="limit")
     return Demand(window, limit, amount)
 
 
@@ -43,18 +47,22 @@ def adjustment(deltas: Sequence[tuple[WindowClaim, int]], charged_at: float | No
     windows = [_claimed(claim.scope, claim.kind, claim.seconds) for claim, _ in deltas]
     if any(window.form != "sliding" for window in windows):
         raise InvalidArgument("only windows of tokens can be corrected", param="deltas")
+    if any(type(delta) is not int for _, delta in deltas):
+        raise InvalidArgument("a correction has to be a whole number", param="deltas")
+    if charged_at is not None and not -LATEST <= charged_at <= LATEST:  # nor is it a number that is none
+        raise InvalidArgument(f"a time has to be within {LATEST} seconds of 1970", param="charged_at")
     amounts = [max(-MAX_WINDOW, min(delta, MAX_WINDOW)) for _, delta in deltas]
     return Adjust(windows, amounts, None if charged_at is None else microseconds(charged_at))
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=4096, typed=True)
 def _claimed(scope: str, kind: WindowKind, seconds: int) -> Window:
     return _checked(window_of(scope, kind, seconds))
 
 
 def _checked(window: Window) -> Window:
-    if not window.key.isprintable():
+    if not isinstance(window.key, str) or not window.key.isprintable():
         raise InvalidArgument("the key of a window has to be printable", param="key")
-    if not 1 <= window.seconds <= LONGEST_SECONDS:
-        raise InvalidArgument(f"a window has to be 1 to {LONGEST_SECONDS} seconds long", param="seconds")
+    if type(window.seconds) is not int or not 1 <= window.seconds <= LONGEST_SECONDS:
+        raise InvalidArgument(f"a window has to be 1 to {LONGEST_SECONDS} whole seconds long", param="seconds")
     return window

@@ -21,7 +21,8 @@ import msgspec
 from msgspec import Struct
 
 from ...policy.windows import Window
-from .mapped_file import Damaged, MappedFile, framed, identity_of, make
+from ..lock_file import Identity, identity_of
+from .mapped_file import Damaged, MappedFile, framed, make
 from .states import Change, Drop, Windows
 
 HALF = 1 << 20
@@ -31,6 +32,8 @@ ROOM = 8
 COPIED_AT_ONCE = 4
 """Windows that a record brings along from the older half."""
 COPIED_IN_MOVE = 256
+LAST = 2**62
+"""The number of a half that no log reaches."""
 
 log = logging.getLogger("starlette_aigateway")
 
@@ -54,18 +57,30 @@ _decoder = msgspec.msgpack.Decoder[Entry](Entry)
 
 
 class WindowLog:
-    """The log at `path` and the windows as they are at its end. Every verb needs the lock of the storage, and raises `OSError`; opening
-    raises `ConfigurationError` for a file of a newer release. A damaged file is replaced by an empty one."""
+    """The log at `path` and the windows as they are at its end. Every verb needs the lock of the storage, the file `guard`, and raises
+    `OSError`; opening raises `ConfigurationError` for a file of a newer release. Whoever meets damage moves what can be read to another
+    file, and with it everybody else: they agree on what is left."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, guard: Identity) -> None:
         self.windows = Windows()
         self._path = path
+        self._ours = guard
+        self._damaged = False
         self._file = self._opened()
         self._number = 0
         self._read_all()
 
     def close(self) -> None:
         self._file.close()
+
+    @property
+    def guard(self) -> Identity:
+        """The lock that the others use. Another one than ours: one of the two was deleted."""
+        return self._file.guard
+
+    def take_over(self) -> None:
+        """From now on it is written under our lock; whoever still has the other one finds that the log has moved."""
+        self._move(self.windows.latest)
 
     @property
     def in_place(self) -> bool:
@@ -87,6 +102,8 @@ class WindowLog:
             self._replay()
         else:
             self._open_anew()
+        if self._damaged:
+            self._move(self.windows.latest)
 
     def append(self, now: int, changes: Sequence[Change]) -> None:
         """Keeps what was done to `windows`."""
@@ -136,7 +153,7 @@ class WindowLog:
         frames = b"".join([framed(_encode(Head(1))), *(framed(_encode(Record(now, self._copied(part, now)))) for part in parts)])
         old.turn = -self._number
         try:
-            make(self._path, max(HALF, ROOM * len(frames)), frames)
+            make(self._path, max(HALF, ROOM * len(frames)), frames, self._ours)
         except OSError:
             old.turn = self._number
             raise
@@ -145,6 +162,7 @@ class WindowLog:
         self._number = 1
         self._file.go_to(1)
         self._file.position += len(frames)
+        self._damaged = False
 
     def _opened(self) -> MappedFile:
         try:
@@ -153,7 +171,7 @@ class WindowLog:
             pass
         except Damaged:
             self._warn()
-        make(self._path, HALF, framed(_encode(Head(1))))
+        make(self._path, HALF, framed(_encode(Head(1))), self._ours)
         return MappedFile(self._path)
 
     def _open_anew(self) -> None:
@@ -166,7 +184,11 @@ class WindowLog:
     def _read_all(self) -> None:
         """The older half, if it is the one before, and the newer one."""
         file, windows = self._file, self.windows
-        number = file.turn = abs(file.turn)  # negative: whoever was to move it was killed
+        number = abs(file.turn)  # negative: whoever was to move it was killed
+        if not 1 <= number <= LAST:
+            self._found_damage()
+            number = 1
+        file.turn = number
         file.go_to(number - 1)
         if self._next() == Head(number - 1):
             self._replay()
@@ -176,9 +198,9 @@ class WindowLog:
         if self._next() == Head(number):
             self._replay()
         else:
-            self._warn()
-            file.go_to(number)
-            file.append(framed(_encode(Head(number))))
+            self._found_damage()
+        if self._damaged:
+            self._move(windows.latest)
 
     def _replay(self) -> None:
         """To the end."""
@@ -195,9 +217,12 @@ class WindowLog:
             payload = file.next()
             return None if payload is None else _decoder.decode(payload)
         except (Damaged, msgspec.MsgspecError):
-            self._warn()
-            file.cut()
+            self._found_damage()
             return None
+
+    def _found_damage(self) -> None:
+        self._damaged = True
+        self._warn()
 
     def _warn(self) -> None:
         log.warning("the window store %s was damaged; the windows that it tells nothing of begin anew", self._path.name)

@@ -12,12 +12,13 @@ from struct import Struct
 from zlib import crc32
 
 from ...errors import ConfigurationError
+from ..lock_file import Identity, identity_of
 
 MAGIC = b"aigwinds"
 VERSION = 1
 PAGE = 4096
-_head = Struct("<8sQQ")
-"""The magic, the version, the bytes of a half."""
+_head = Struct("<8sQQQQ")
+"""The magic, the version, the bytes of a half, and which lock file it is written under."""
 _turn = Struct("<q")
 _frame = Struct("<II")
 END = bytes(_frame.size)
@@ -36,7 +37,7 @@ class MappedFile:
         try:
             facts = os.fstat(descriptor)
             head = os.pread(descriptor, PAGE, 0)
-            self.half = _half_of(head, facts.st_size, path.name)
+            self.half, self.guard = _described(head, facts.st_size, path.name)
             self._memory = mmap.mmap(descriptor, facts.st_size)
         finally:
             os.close(descriptor)
@@ -87,45 +88,38 @@ class MappedFile:
         self.position = end
         return True
 
-    def cut(self) -> None:
-        """Ends the half at `position`."""
-        self._memory[self.position : self.position + len(END)] = END
-
     def close(self) -> None:
         self._memory.close()
 
 
-def _half_of(head: bytes, size: int, name: str) -> int:
+def _described(head: bytes, size: int, name: str) -> tuple[int, Identity]:
+    """The bytes of a half, and the lock."""
     if len(head) < PAGE:
         raise Damaged
-    magic, version, half = _head.unpack_from(head)
+    magic, version, half, device, inode = _head.unpack_from(head)
     if magic == MAGIC and version > VERSION:
         raise ConfigurationError(
             f"{name} in data_dir has version {version} of its format, and this release knows {VERSION}: a newer release wrote it."
             " Upgrade the package to that release, or give this one a data_dir of its own",
             param="data_dir",
         )
-    if magic != MAGIC or size != PAGE + 2 * half:
+    if magic != MAGIC or half < PAGE or size != PAGE + 2 * half:
         raise Damaged
-    return int(half)
+    return half, (device, inode)
 
 
 def framed(payload: bytes) -> bytes:
     return _frame.pack(len(payload), crc32(payload)) + payload
 
 
-def make(path: Path, half: int, frames: bytes) -> None:
-    """A file at `path`, in place of what was there, with `half` bytes or some more in each of its halves, and `frames` in half 1. Written
-    and not only made longer: memory without a place on the disk would be fatal to use."""
+def make(path: Path, half: int, frames: bytes, guard: Identity) -> None:
+    """A file at `path`, in place of what was there, with `half` bytes or some more in each of its halves, and `frames` in half 1, to be
+    written under the lock file `guard`. Written and not only made longer: memory without a place on the disk would be fatal to use."""
     half = -(-half // PAGE) * PAGE
     unfinished = path.with_name(f"{path.name}.new")
     descriptor = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
     with os.fdopen(descriptor, "wb") as file:
-        file.write((_head.pack(MAGIC, VERSION, half) + _turn.pack(1)).ljust(PAGE, b"\0"))
+        file.write((_head.pack(MAGIC, VERSION, half, *guard) + _turn.pack(1)).ljust(PAGE, b"\0"))
         file.write(bytes(half))
         file.write(frames.ljust(half, b"\0"))
     unfinished.replace(path)
-
-
-def identity_of(facts: os.stat_result) -> tuple[int, int]:
-    return facts.st_dev, facts.st_ino

@@ -23,12 +23,10 @@ STALE = 32
 class Exact:
     """An exact window: the running total after each hit, and the moment of it. Moments never fall."""
 
-    __slots__ = ("_before", "_moments", "_totals", "span")
+    __slots__ = ("_moments", "_totals", "span")
 
-    def __init__(self, span: int, before: int = 0, totals: bytes = b"", moments: bytes = b"") -> None:
+    def __init__(self, span: int, totals: bytes = b"", moments: bytes = b"") -> None:
         self.span = span
-        self._before = before
-        """The running total before the first hit that is kept."""
         self._totals = array("q", totals)
         self._moments = array("q", moments)
 
@@ -45,7 +43,7 @@ class Exact:
         if not totals:
             return 0
         gone = bisect_right(self._moments, now - self.span)
-        return totals[-1] - (totals[gone - 1] if gone else self._before)
+        return totals[-1] - (totals[gone - 1] if gone else 0)
 
     def reset(self, now: int) -> int:
         """Microseconds after which nothing of it counts any more."""
@@ -63,7 +61,7 @@ class Exact:
         moments, totals = self._moments, self._totals
         if len(moments) >= 2 * STALE and moments[STALE] <= now - self.span:
             moments, totals = self._forget(now - self.span)
-        total = (totals[-1] if totals else self._before) + amount
+        total = (totals[-1] if totals else 0) + amount
         if moments and moments[-1] == now:
             totals[-1] = total
         else:
@@ -77,7 +75,7 @@ class Exact:
             moments[number] = now
 
     def copy(self, window: Window) -> Change:
-        return ExactCopy(window, self._before, self._totals.tobytes(), self._moments.tobytes())
+        return ExactCopy(window, self._totals.tobytes(), self._moments.tobytes())
 
     def _forget(self, until: int) -> tuple[array[int], array[int]]:
         """What came in by then. Running totals begin anew, so that they stay small."""
@@ -86,7 +84,6 @@ class Exact:
             before = self._totals[gone - 1]
             self._moments = self._moments[gone:]
             self._totals = array("q", [total - before for total in self._totals[gone:]])
-            self._before = 0
         return self._moments, self._totals
 
 
@@ -171,7 +168,10 @@ class Windows:
         if self.idle(window, now):
             return Drop(window)
         state = self.sliding.get(window)
-        return FixedCopy(window, self.fixed[window].value, self.fixed[window].expires_at) if state is None else state.copy(window)
+        if state is not None:
+            return state.copy(window)
+        fixed = self.fixed[window]
+        return FixedCopy(window, fixed.value, fixed.expires_at, fixed.span)
 
     def put(self, window: Window, state: State) -> None:
         """One that was copied."""
@@ -221,7 +221,10 @@ class SteppedBack(Struct, frozen=True, gc=False, array_like=True, tag="b"):
     window: Window
 
     def apply(self, windows: Windows, now: int) -> None:
-        windows.state(self.window).step_back(now)
+        if self.window.form == "fixed":
+            windows.fixed[self.window] = windows.fixed.get(self.window, UNBEGUN).at(now)
+        else:
+            windows.state(self.window).step_back(now)
 
 
 class Drop(Struct, frozen=True, gc=False, array_like=True, tag="d"):
@@ -235,12 +238,11 @@ class ExactCopy(Struct, frozen=True, gc=False, array_like=True, tag="m"):
     """`totals` and `moments` are 64-bit integers as this machine has them."""
 
     window: Window
-    before: int
     totals: bytes
     moments: bytes
 
     def apply(self, windows: Windows, now: int) -> None:
-        windows.put(self.window, Exact(self.window.span, self.before, self.totals, self.moments))
+        windows.put(self.window, Exact(self.window.span, self.totals, self.moments))
 
 
 class CounterCopy(Struct, frozen=True, gc=False, array_like=True, tag="s"):
@@ -257,9 +259,10 @@ class FixedCopy(Struct, frozen=True, gc=False, array_like=True, tag="f"):
     window: Window
     value: int
     expires_at: int
+    lasting: int
 
     def apply(self, windows: Windows, now: int) -> None:
-        windows.fixed[self.window] = Fixed(self.value, self.expires_at)
+        windows.fixed[self.window] = Fixed(self.value, self.expires_at, self.lasting)
         windows.uncopied.pop(self.window, None)
 
 

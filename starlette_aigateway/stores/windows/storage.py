@@ -13,7 +13,7 @@ import anyio
 from anyio.to_thread import run_sync
 from limits.aio.storage import MovingWindowSupport, SlidingWindowCounterSupport, Storage
 
-from ...errors import ConfigurationError, StorageUnavailable
+from ...errors import AIGatewayError, ConfigurationError, StorageUnavailable
 from ...policy.windows import MICROSECONDS, Demand, Refusal, WindowClaim, WindowState, in_seconds
 from ...protocols import Clock
 from ..commit import GroupCommit
@@ -101,7 +101,7 @@ class FileWindowStorage(Storage, MovingWindowSupport, SlidingWindowCounterSuppor
         try:
             if self._commit.now(op) is None:
                 self._commit.tell(op, failed)
-        except StorageUnavailable as error:
+        except AIGatewayError as error:
             failed(error)
 
     async def incr(self, key: str, expiry: int, amount: int = 1) -> int:

@@ -10,6 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import ClassVar
 
+from ...errors import StorageUnavailable
 from ...policy.windows import microseconds
 from ...protocols import Clock
 from ..lock_file import LockFile
@@ -20,6 +21,7 @@ from .log import WindowLog
 from .ops import Op, Outcome
 from .states import Change, Windows
 
+ENTRIES = 3
 LOOK_EVERY = 1.0
 """Seconds after which it is looked whether the file is still the one that was opened."""
 
@@ -58,8 +60,13 @@ class WindowTurns:
     def turn(self, take: Callable[[], Sequence[Op]]) -> Sequence[Outcome]:
         if self._kept is None and self._file.path is not None:
             prepare_directory(self._file.path.parent)
-        with self.lock:
-            return self._carry_out(self._kept or self._open(), take())
+        for _ in range(ENTRIES):
+            with self.lock:
+                kept = self._current(self._kept)
+                if kept is not None:
+                    return self._carry_out(kept, take())
+            self.lock.close()
+        raise StorageUnavailable("the lock file of the window store is replaced again and again", retry_after=1.0)
 
     def at_once(self, ops: Sequence[Op]) -> Sequence[Outcome] | None:
         """None where the file is not open yet, or another process has its turn for longer than a moment."""
@@ -67,7 +74,11 @@ class WindowTurns:
         if kept is None or not self.lock.enter_at_once():
             return None
         try:
-            return self._carry_out(kept, ops)
+            current = self._current(kept)
+            if current is not None:
+                return self._carry_out(current, ops)
+            self.lock.close()
+            return None
         finally:
             self.lock.leave()
 
@@ -89,12 +100,25 @@ class WindowTurns:
         self.lock.close()
 
     def _open(self) -> WindowLog | Unkept:
-        self._kept = Unkept() if self._file.path is None else WindowLog(self._file.path)
+        self._kept = Unkept() if self._file.path is None or self.lock.identity is None else WindowLog(self._file.path, self.lock.identity)
         return self._kept
+
+    def _current(self, kept: WindowLog | Unkept | None) -> WindowLog | Unkept | None:
+        """What everybody writes to, as it is now. None where our lock is not theirs: its file was deleted, or replaced."""
+        try:
+            current = self._up_to_date(kept or self._open())
+            if current.guard != self.lock.identity:
+                if not self.lock.in_place:
+                    self._forget()
+                    return None
+                current.take_over()
+        except BaseException:
+            self._forget()
+            raise
+        return current
 
     def _carry_out(self, kept: WindowLog | Unkept, ops: Sequence[Op]) -> Sequence[Outcome]:
         try:
-            kept = self._up_to_date(kept)
             book = Book(kept.windows, microseconds(self._file.clock()))
             outcomes = [op.apply(book) for op in ops]
             if book.changes:
@@ -117,14 +141,16 @@ class WindowTurns:
         return self._open()
 
     def _forget(self) -> None:
-        kept, self._kept = self._kept, None
-        if kept is not None:
-            kept.close()
+        """What is in a file can be read again."""
+        if isinstance(self._kept, WindowLog):
+            self._kept.close()
+            self._kept = None
 
 
 class Unkept:
     """Windows without a file. A walk over them drops those in which nothing counts any more."""
 
+    guard: ClassVar[None] = None
     in_place: ClassVar[bool] = True
     WALK_AFTER: ClassVar[int] = 1024
     STEP: ClassVar[int] = 4
@@ -135,6 +161,9 @@ class Unkept:
 
     def catch_up(self) -> None:
         """There is nobody else."""
+
+    def take_over(self) -> None:
+        """There is no lock."""
 
     def append(self, now: int, changes: Sequence[Change]) -> None:
         windows = self.windows
@@ -147,6 +176,3 @@ class Unkept:
             del windows.uncopied[window]
             if windows.idle(window, now):
                 windows.drop(window)
-
-    def close(self) -> None:
-        """Nothing is open."""
