@@ -308,6 +308,24 @@ def test_what_a_loop_gathered_that_was_closed_is_carried_out_by_the_next_one(sto
     commit.close()
 
 
+async def test_what_waits_for_more_passes_of_a_loop_that_is_about_to_end_is_the_threads(
+    store: Store, commit: GroupCommit[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the end of `trio.run` callbacks still run, and ask for nothing more."""
+
+    def refused(_wakeup: object, _callback: object) -> None:
+        raise RuntimeError("the run has finished")
+
+    await together(commit, [1, 2])
+    commit.tell(3, lambda _failure: None)
+    waiter = next(iter(commit._gathered.values()))[0]
+    with monkeypatch.context() as patched:
+        patched.setattr(type(waiter.wakeup), "soon", refused)
+        commit._pass_by(id(waiter.wakeup.loop), 1)
+    commit.close()
+    assert store.stored() == [0, 1, 2, 3]
+
+
 def test_a_loop_that_was_closed_before_its_operations_were_counted_spoils_no_count(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(commit_module, "RECOUNT", 4)
     commit = store.commit(quick=True)

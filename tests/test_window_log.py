@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from starlette_aigateway import AIGateway
 from starlette_aigateway.errors import ConfigurationError, StorageUnavailable
 from starlette_aigateway.limiter import SharedWindows
-from starlette_aigateway.policy.windows import MICROSECONDS, Demand, Refusal, Window
+from starlette_aigateway.policy.windows import MICROSECONDS, Demand, Refusal, Window, window_of
 from starlette_aigateway.stores.lock_file import LockFile
 from starlette_aigateway.stores.windows import log as log_module
 from starlette_aigateway.stores.windows import mapped_file
@@ -58,8 +58,17 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(log_module, "HALF", SMALL)
 
 
-def header(half: int) -> bytes:
-    return struct.pack("<8sQQQQq", b"aigwinds", 1, half, *GUARD, 1).ljust(PAGE, b"\x00")
+class Log(WindowLog):
+    def catch_up(self) -> bool:
+        """As a turn does it."""
+        if not super().catch_up():
+            self.close()
+            self.__init__(self._path, self._ours)  # type: ignore[misc]
+        return True
+
+
+def header(half: int = SMALL, version: int = 1) -> bytes:
+    return struct.pack("<8sQQQQq", b"aigwinds", version, half, *GUARD, 1).ljust(PAGE, b"\x00")
 
 
 def window(number: int, form: str = "moving") -> Window:
@@ -115,7 +124,7 @@ def test_all_processes_see_the_same_windows_over_halves_and_moves(
     alone, now = Windows(), NOW
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(log_module, "HALF", SMALL)
-        logs = [WindowLog(path, GUARD) for _ in range(3)]
+        logs = [Log(path, GUARD) for _ in range(3)]
         turns = set()
         for who, pause, number, form, amount in steps:
             now += pause
@@ -125,7 +134,7 @@ def test_all_processes_see_the_same_windows_over_halves_and_moves(
             keep(logs[who], now, change)
             turns.add((logs[who]._file.identity, logs[who]._number))
             assert used(logs[who].windows, now) == used(alone, now)
-        late = WindowLog(path, GUARD)
+        late = Log(path, GUARD)
         for log in (*logs, late):
             log.catch_up()
             assert used(log.windows, now) == used(alone, now)
@@ -138,7 +147,7 @@ def test_all_processes_agree_whatever_the_clock_does(random: Random, tmp_path_fa
     path, now = tmp_path_factory.mktemp("log") / "windows.log", NOW
     with pytest.MonkeyPatch.context() as patched, ExitStack() as stack:
         patched.setattr(log_module, "HALF", SMALL)
-        logs = [stack.enter_context(closing(WindowLog(path, GUARD))) for _ in range(3)]
+        logs = [stack.enter_context(closing(Log(path, GUARD))) for _ in range(3)]
         for _ in range(200):
             now += random.choice([0, 1, 5, 70, 200, -1, -30, -200]) * MICROSECONDS
             exact, counter = (window(random.randrange(10), form) for form in ("moving", "sliding"))
@@ -155,24 +164,24 @@ def test_all_processes_agree_whatever_the_clock_does(random: Random, tmp_path_fa
             for one in logs:
                 one.catch_up()
                 assert used(one.windows, now) == used(logs[0].windows, now)
-        late = stack.enter_context(closing(WindowLog(path, GUARD)))
+        late = stack.enter_context(closing(Log(path, GUARD)))
         assert used(late.windows, now) == used(logs[0].windows, now)
 
 
 def test_a_full_half_goes_on_in_the_other_and_keeps_what_counts(path: Path, small: None, logs: list[WindowLog]) -> None:
-    logs += [WindowLog(path, GUARD), WindowLog(path, GUARD)]
+    logs += [Log(path, GUARD), Log(path, GUARD)]
     short, long = window(0), Window("key:1", "sliding", 10**6)
     for number in range(400):
         keep(logs[number % 2], NOW + number * MICROSECONDS, Hit(short, 1), Hit(long, 1))
     assert logs[0]._number > 4
     assert path.stat().st_size == PAGE + 2 * SMALL
-    logs += [WindowLog(path, GUARD)]
+    logs += [Log(path, GUARD)]
     for log in logs[1:]:
         assert used(log.windows, NOW + 399 * MICROSECONDS) == {short: 60, long: 400}
 
 
 def test_what_needs_more_room_moves_to_a_larger_file(path: Path, small: None, logs: list[WindowLog]) -> None:
-    logs += [WindowLog(path, GUARD), WindowLog(path, GUARD)]
+    logs += [Log(path, GUARD), Log(path, GUARD)]
     before = logs[0]._file.identity
     for number in range(300):
         keep(logs[0], NOW, Hit(window(number), 1))
@@ -184,7 +193,7 @@ def test_what_needs_more_room_moves_to_a_larger_file(path: Path, small: None, lo
 
 
 def test_a_process_that_was_away_for_long_reads_everything_anew(path: Path, small: None, logs: list[WindowLog]) -> None:
-    logs += [WindowLog(path, GUARD), WindowLog(path, GUARD)]
+    logs += [Log(path, GUARD), Log(path, GUARD)]
     for number in range(600):
         keep(logs[0], NOW + number * MICROSECONDS, Hit(window(0), 1), Hit(window(1, "sliding"), 2))
     assert logs[0]._number > logs[1]._number + 2
@@ -202,17 +211,17 @@ class Killed(BaseException):
 
 def test_a_frame_that_was_not_finished_is_not_there(path: Path, logs: list[WindowLog]) -> None:
     """The first bytes of a frame are written last; what comes after takes its place."""
-    logs += [WindowLog(path, GUARD)]
+    logs += [Log(path, GUARD)]
     keep(logs[0], NOW, Hit(window(0), 1))
     file = logs[0]._file
     file._memory[file.position + 8 : file.position + 200] = b"\xff" * 192
-    logs += [WindowLog(path, GUARD)]
+    logs += [Log(path, GUARD)]
     for log in logs:
         log.catch_up()
         assert used(log.windows, NOW) == {window(0): 1}
     keep(logs[1], NOW, Hit(window(0), 1))
     keep(logs[0], NOW, Hit(window(0), 1))
-    logs += [WindowLog(path, GUARD)]
+    logs += [Log(path, GUARD)]
     assert used(logs[2].windows, NOW) == {window(0): 3}
 
 
@@ -220,7 +229,7 @@ def test_a_frame_that_was_not_finished_is_not_there(path: Path, logs: list[Windo
 def test_a_kill_between_two_halves_loses_nothing(
     path: Path, small: None, logs: list[WindowLog], monkeypatch: pytest.MonkeyPatch, at: str
 ) -> None:
-    logs += [WindowLog(path, GUARD), WindowLog(path, GUARD)]
+    logs += [Log(path, GUARD), Log(path, GUARD)]
 
     def die(log: WindowLog) -> None:
         if at == "before the turn":
@@ -236,7 +245,7 @@ def test_a_kill_between_two_halves_loses_nothing(
                 total += 1
                 keep(logs[0], NOW, Hit(window(0), 1))
     assert total < 1000, "it was killed"
-    logs += [WindowLog(path, GUARD)]
+    logs += [Log(path, GUARD)]
     for log in logs[1:]:
         log.catch_up()
         assert used(log.windows, NOW) == {window(0): total}
@@ -251,7 +260,7 @@ def test_a_kill_between_two_halves_loses_nothing(
 def test_a_kill_while_the_log_moves_loses_nothing(
     path: Path, small: None, logs: list[WindowLog], monkeypatch: pytest.MonkeyPatch, after: bool
 ) -> None:
-    logs += [WindowLog(path, GUARD), WindowLog(path, GUARD)]
+    logs += [Log(path, GUARD), Log(path, GUARD)]
     make = mapped_file.make
 
     def die(*arguments: object) -> None:
@@ -267,7 +276,7 @@ def test_a_kill_while_the_log_moves_loses_nothing(
                 count += 1
                 keep(logs[0], NOW, Hit(window(count), 1))
     assert count < 1000, "it was killed"
-    logs += [WindowLog(path, GUARD)]
+    logs += [Log(path, GUARD)]
     told = {window(number): 1 for number in range(1, count + 1)}
     for log in logs[1:]:
         log.catch_up()
@@ -325,7 +334,7 @@ async def look(path: Path) -> int:
 
 
 def test_what_came_before_the_damage_still_counts(path: Path, logs: list[WindowLog], caplog: pytest.LogCaptureFixture) -> None:
-    logs += [WindowLog(path, GUARD)]
+    logs += [Log(path, GUARD)]
     places = []
     for number in range(20):
         places.append(logs[0]._file.position)
@@ -334,18 +343,18 @@ def test_what_came_before_the_damage_still_counts(path: Path, logs: list[WindowL
         file.seek(places[10] + 12)
         file.write(b"\xff" * 100)
     with caplog.at_level(logging.WARNING, "starlette_aigateway"):
-        logs += [WindowLog(path, GUARD)]
+        logs += [Log(path, GUARD)]
     assert used(logs[1].windows, NOW) == {window(number): 1 for number in range(10)}
     assert "damaged" in caplog.text
     keep(logs[1], NOW, Hit(window(99), 1))
-    logs += [WindowLog(path, GUARD)]
+    logs += [Log(path, GUARD)]
     assert used(logs[2].windows, NOW) == used(logs[1].windows, NOW)
 
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"SQLite format 3\x00" + bytes(20_000), b"aigwinds", header(half=10**6), header(half=0)],
-    ids=["empty", "another file", "short", "cut short", "nothing but a head"],
+    [b"", b"SQLite format 3\x00" + bytes(20_000), b"aigwinds", header(10**6), header(0), header(version=2**40), header(version=0)],
+    ids=["empty", "another file", "short", "cut short", "nothing but a head", "a version of no release", "version 0"],
 )
 async def test_a_file_that_is_none_of_ours_is_replaced(path: Path, clock: FakeClock, content: bytes) -> None:
     path.write_bytes(content)
@@ -355,7 +364,7 @@ async def test_a_file_that_is_none_of_ours_is_replaced(path: Path, clock: FakeCl
 
 
 def test_who_read_on_before_the_damage_agrees_with_everybody_else(path: Path, logs: list[WindowLog]) -> None:
-    logs += [WindowLog(path, GUARD) for _ in range(3)]
+    logs += [Log(path, GUARD) for _ in range(3)]
     keep(logs[0], NOW, Hit(window(0), 1))
     place = logs[0]._file.position
     keep(logs[0], NOW, Hit(window(0), 1))
@@ -364,7 +373,7 @@ def test_who_read_on_before_the_damage_agrees_with_everybody_else(path: Path, lo
         file.seek(place + 12)
         file.write(b"\xff" * 10)
     keep(logs[2], NOW, Hit(window(0), 1))
-    for log in (*logs, WindowLog(path, GUARD)):
+    for log in (*logs, Log(path, GUARD)):
         log.catch_up()
         assert used(log.windows, NOW) == {window(0): 2}
         assert log.in_place
@@ -386,10 +395,10 @@ async def test_a_half_that_there_cannot_be_is_damage_and_what_the_first_one_tell
 
 
 def test_a_correction_of_the_clock_in_a_window_that_the_damage_took_changes_nothing(path: Path, logs: list[WindowLog]) -> None:
-    logs += [WindowLog(path, GUARD)]
+    logs += [Log(path, GUARD)]
     for form in ("fixed", "moving", "sliding"):
         logs[0].append(NOW, [SteppedBack(window(0, form))])
-    logs += [WindowLog(path, GUARD)]
+    logs += [Log(path, GUARD)]
     assert used(logs[1].windows, NOW) == {}
 
 
@@ -451,6 +460,48 @@ async def test_who_opened_a_lock_file_that_was_removed_since_waits_for_who_came_
             assert await remaining(storage, requests(3)) == [1]
         assert await admitted(earlier, requests(3))
         assert not await admitted(later, requests(3))
+
+
+async def test_who_has_the_lock_of_a_file_that_was_removed_takes_nobody_for_killed_who_moves_the_log_under_another(
+    path: Path, clock: FakeClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with FileWindowStorage(path=path, clock=clock) as earlier:
+        assert await admitted(earlier, requests(3))
+        path.with_name("windows.log.lock").unlink()
+        make, told, writer = mapped_file.make, [], earlier._commit._writer
+        assert writer is not None
+
+        def make_while_another_asks(*arguments: object) -> None:
+            with monkeypatch.context() as patched:
+                patched.setattr(log_module, "make", make)
+                told.append(writer.now(Acquire([Demand(window_of("principal:a", "requests", 60), 3, 1)])))
+            make(*arguments)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(log_module, "make", make_while_another_asks)
+        async with FileWindowStorage(path=path, clock=clock) as later:
+            assert told == [None], "it has to wait for the other one"
+            assert await admitted(later, requests(3))
+            assert await admitted(earlier, requests(3))
+            assert not await admitted(later, requests(3))
+
+
+def test_two_who_make_the_file_at_the_same_moment_do_not_write_to_the_same(
+    path: Path, logs: list[WindowLog], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names: list[str] = []
+    replace = Path.replace
+
+    def noted(unfinished: Path, target: Path) -> Path:
+        names.append(unfinished.name)
+        return replace(unfinished, target)
+
+    monkeypatch.setattr(Path, "replace", noted)
+    left_behind = path.with_name("windows.log.killed.new")
+    left_behind.touch()
+    for _ in range(2):
+        mapped_file.make(path, SMALL, b"", GUARD)
+    assert len(set(names)) == 2
+    assert not left_behind.exists()
 
 
 async def test_a_lock_file_that_is_replaced_whenever_it_is_entered_is_storage_unavailable(

@@ -211,6 +211,10 @@ async def test_a_claim_that_makes_no_sense_is_refused(storage: FileWindowStorage
         await storage.acquire_all([claim])
 
 
+class Text(str):
+    __slots__ = ()
+
+
 @pytest.mark.parametrize("path", ["windows.log", ":memory:"])
 async def test_what_is_no_whole_number_or_no_text_reaches_no_window(tmp_path: Path, clock: FakeClock, path: str) -> None:
     """Also where the same number was asked for before, as an int that is equal to it."""
@@ -233,7 +237,8 @@ async def test_what_is_no_whole_number_or_no_text_reaches_no_window(tmp_path: Pa
             lambda: storage.incr("key", 60, 1.0),  # type: ignore[arg-type]
             lambda: storage.adjust([(tokens(100, 60), -5.0)]),  # type: ignore[list-item]
             lambda: storage.adjust([(tokens(100, 60), False)]),
-            *(partial(storage.adjust, [(tokens(100, 60), -5)], charged_at=moment) for moment in (inf, -inf, nan, 1e15)),
+            lambda: storage.acquire_entry(Text("key"), 5, 60),
+            *(partial(storage.adjust, [(tokens(100, 60), -5)], charged_at=moment) for moment in (inf, -inf, nan, 1e15, True)),
         ]
         for ask in refused:
             with pytest.raises(InvalidArgument):

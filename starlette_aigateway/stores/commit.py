@@ -136,7 +136,10 @@ class GroupCommit(Generic[Op, Result]):
         """Where the loop is busy, a few passes make the next batch larger; where it is not, they take no time."""
         waiters = self._gathered.get(loop)
         if waiters and passes and len(waiters) < Writer.ENOUGH:
-            waiters[0].wakeup.soon(lambda: self._pass_by(loop, passes - 1))
+            try:
+                waiters[0].wakeup.soon(lambda: self._pass_by(loop, passes - 1))
+            except RuntimeError:  # the loop is about to end
+                self._submit(loop)
         else:
             self._end_pass(loop)
 

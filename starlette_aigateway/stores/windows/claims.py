@@ -49,7 +49,7 @@ def adjustment(deltas: Sequence[tuple[WindowClaim, int]], charged_at: float | No
         raise InvalidArgument("only windows of tokens can be corrected", param="deltas")
     if any(type(delta) is not int for _, delta in deltas):
         raise InvalidArgument("a correction has to be a whole number", param="deltas")
-    if charged_at is not None and not -LATEST <= charged_at <= LATEST:  # nor is it a number that is none
+    if charged_at is not None and not (type(charged_at) in (int, float) and -LATEST <= charged_at <= LATEST):  # nor is it NaN
         raise InvalidArgument(f"a time has to be within {LATEST} seconds of 1970", param="charged_at")
     amounts = [max(-MAX_WINDOW, min(delta, MAX_WINDOW)) for _, delta in deltas]
     return Adjust(windows, amounts, None if charged_at is None else microseconds(charged_at))
@@ -61,8 +61,8 @@ def _claimed(scope: str, kind: WindowKind, seconds: int) -> Window:
 
 
 def _checked(window: Window) -> Window:
-    if not isinstance(window.key, str) or not window.key.isprintable():
-        raise InvalidArgument("the key of a window has to be printable", param="key")
+    if type(window.key) is not str or not window.key.isprintable():
+        raise InvalidArgument("the key of a window has to be a printable string", param="key")
     if type(window.seconds) is not int or not 1 <= window.seconds <= LONGEST_SECONDS:
         raise InvalidArgument(f"a window has to be 1 to {LONGEST_SECONDS} whole seconds long", param="seconds")
     return window

@@ -90,8 +90,8 @@ class WindowLog:
         except FileNotFoundError:
             return False
 
-    def catch_up(self) -> None:
-        """Takes in what others appended."""
+    def catch_up(self) -> bool:
+        """Takes in what others appended. False where they went on more than once, or in another file: it has to be read anew."""
         turn, file = self._file.turn, self._file
         if turn == self._number:
             if not file.at_end:
@@ -101,9 +101,10 @@ class WindowLog:
             self._go_on_in(turn)
             self._replay()
         else:
-            self._open_anew()
+            return False
         if self._damaged:
             self._move(self.windows.latest)
+        return True
 
     def append(self, now: int, changes: Sequence[Change]) -> None:
         """Keeps what was done to `windows`."""
@@ -173,13 +174,6 @@ class WindowLog:
             self._warn()
         make(self._path, HALF, framed(_encode(Head(1))), self._ours)
         return MappedFile(self._path)
-
-    def _open_anew(self) -> None:
-        """Others went on more than once, or in another file."""
-        self._file.close()
-        self.windows = Windows()
-        self._file = self._opened()
-        self._read_all()
 
     def _read_all(self) -> None:
         """The older half, if it is the one before, and the newer one."""

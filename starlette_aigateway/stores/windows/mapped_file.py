@@ -9,6 +9,7 @@ import mmap
 import os
 from pathlib import Path
 from struct import Struct
+from tempfile import mkstemp
 from zlib import crc32
 
 from ...errors import ConfigurationError
@@ -16,6 +17,8 @@ from ..lock_file import Identity, identity_of
 
 MAGIC = b"aigwinds"
 VERSION = 1
+LAST_VERSION = 2**16
+"""What is above is no version of any release."""
 PAGE = 4096
 _head = Struct("<8sQQQQ")
 """The magic, the version, the bytes of a half, and which lock file it is written under."""
@@ -97,13 +100,13 @@ def _described(head: bytes, size: int, name: str) -> tuple[int, Identity]:
     if len(head) < PAGE:
         raise Damaged
     magic, version, half, device, inode = _head.unpack_from(head)
-    if magic == MAGIC and version > VERSION:
+    if magic == MAGIC and VERSION < version <= LAST_VERSION:
         raise ConfigurationError(
             f"{name} in data_dir has version {version} of its format, and this release knows {VERSION}: a newer release wrote it."
             " Upgrade the package to that release, or give this one a data_dir of its own",
             param="data_dir",
         )
-    if magic != MAGIC or half < PAGE or size != PAGE + 2 * half:
+    if magic != MAGIC or version != VERSION or half < PAGE or size != PAGE + 2 * half:
         raise Damaged
     return half, (device, inode)
 
@@ -116,10 +119,11 @@ def make(path: Path, half: int, frames: bytes, guard: Identity) -> None:
     """A file at `path`, in place of what was there, with `half` bytes or some more in each of its halves, and `frames` in half 1, to be
     written under the lock file `guard`. Written and not only made longer: memory without a place on the disk would be fatal to use."""
     half = -(-half // PAGE) * PAGE
-    unfinished = path.with_name(f"{path.name}.new")
-    descriptor = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    for left_behind in path.parent.glob(f"{path.name}.*.new"):
+        left_behind.unlink(missing_ok=True)
+    descriptor, name = mkstemp(prefix=f"{path.name}.", suffix=".new", dir=path.parent)  # nobody else writes to it
     with os.fdopen(descriptor, "wb") as file:
         file.write((_head.pack(MAGIC, VERSION, half, *guard) + _turn.pack(1)).ljust(PAGE, b"\0"))
         file.write(bytes(half))
         file.write(frames.ljust(half, b"\0"))
-    unfinished.replace(path)
+    Path(name).replace(path)

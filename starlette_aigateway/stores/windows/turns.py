@@ -104,9 +104,15 @@ class WindowTurns:
         return self._kept
 
     def _current(self, kept: WindowLog | Unkept | None) -> WindowLog | Unkept | None:
-        """What everybody writes to, as it is now. None where our lock is not theirs: its file was deleted, or replaced."""
+        """What everybody writes to, as it is now. None where our lock is not theirs: its file was deleted, or replaced. Before a log is
+        opened that is looked at first: under another lock somebody may be moving it, who would be taken for killed."""
         try:
-            current = self._up_to_date(kept or self._open())
+            if kept is None or not kept.catch_up():
+                self._forget()
+                if not self.lock.in_place:
+                    return None
+                kept = self._open()
+            current = self._in_its_place(kept)
             if current.guard != self.lock.identity:
                 if not self.lock.in_place:
                     self._forget()
@@ -128,8 +134,7 @@ class WindowTurns:
             raise
         return outcomes
 
-    def _up_to_date(self, kept: WindowLog | Unkept) -> WindowLog | Unkept:
-        kept.catch_up()
+    def _in_its_place(self, kept: WindowLog | Unkept) -> WindowLog | Unkept:
         now = time.monotonic()
         if now < self._look_at:
             return kept
@@ -159,8 +164,9 @@ class Unkept:
         self.windows = Windows()
         self._changes = 0
 
-    def catch_up(self) -> None:
+    def catch_up(self) -> bool:
         """There is nobody else."""
+        return True
 
     def take_over(self) -> None:
         """There is no lock."""
