@@ -212,14 +212,15 @@ async def test_a_client_that_takes_what_it_is_sent_may_wait_for_more_as_long_as_
         assert await while_taken(client.receive, lambda safe: work(), pace) == "an answer"
 
 
-async def test_a_moment_for_which_the_process_did_not_run_says_nothing() -> None:
+@pytest.mark.parametrize("moments", [1.3, 5])
+async def test_a_moment_for_which_the_process_did_not_run_says_nothing(moments: float) -> None:
     asked = 0
 
     async def receive() -> Message:
         nonlocal asked
         asked += 1
         if asked == 1:
-            time.sleep(5 * A_MOMENT)  # as if others had the processor
+            time.sleep(moments * A_MOMENT)  # as if others had the processor
             await anyio.sleep_forever()
         return {"type": "http.disconnect"}
 
