@@ -28,6 +28,7 @@ several came at a time not long ago."""
 CALM = 16
 """Single operations, one after the other, after which an event loop is taken to be busy no more."""
 RECOUNT = 64
+"""Operations carried out at once, after which a count that was asked for and never came is asked for again."""
 
 
 class GroupCommit(Generic[Op, Result]):

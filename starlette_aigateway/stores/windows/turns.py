@@ -22,6 +22,7 @@ from .ops import Op, Outcome
 from .states import Change, Windows
 
 ENTRIES = 3
+"""Times that a turn enters a lock file that another one has taken the place of, before it gives up."""
 LOOK_EVERY = 1.0
 """Seconds after which it is looked whether the file is still the one that was opened."""
 
@@ -100,7 +101,11 @@ class WindowTurns:
         self.lock.close()
 
     def _open(self) -> WindowLog | Unkept:
-        self._kept = Unkept() if self._file.path is None or self.lock.identity is None else WindowLog(self._file.path, self.lock.identity)
+        if self._file.path is None:
+            self._kept = Unkept()
+        else:
+            assert self.lock.identity is not None, "it was entered"
+            self._kept = WindowLog(self._file.path, self.lock.identity)
         return self._kept
 
     def _current(self, kept: WindowLog | Unkept | None) -> WindowLog | Unkept | None:
