@@ -23,6 +23,8 @@ from tests.test_commit import Store, together
 
 pytestmark = pytest.mark.anyio
 HERE = threading.get_ident
+A_MOMENT = 0.2
+"""Seconds; long enough for a thread to do what it is not kept from."""
 
 
 @pytest.fixture(autouse=True)
@@ -249,6 +251,33 @@ async def test_what_waits_for_more_passes_is_carried_out_at_the_end_also_where_i
     assert store.stored() == [0, 1, 2]
     await anyio.to_thread.run_sync(commit.close)
     assert store.stored() == [0, 1, 2, 3, 4]
+
+
+async def test_closing_from_another_thread_loses_nothing_that_is_just_joining_what_it_takes(
+    store: Store, commit: GroupCommit[int, int]
+) -> None:
+    taken = threading.Event()
+
+    class Gathered(dict[int, list[Waiter[int, int]]]):
+        """Another thread closes between two lines of who joins the others."""
+
+        def get(self, loop: int, default: object = None) -> list[Waiter[int, int]] | None:  # type: ignore[override]
+            gathered = super().get(loop)
+            if gathered is not None and not closer.ident:
+                closer.start()
+                taken.wait(A_MOMENT)
+            return gathered
+
+    def close() -> None:
+        commit.close()
+        taken.set()
+
+    closer = threading.Thread(target=close)
+    commit._gathered = Gathered()
+    with anyio.fail_after(10):
+        assert await together(commit, [1, 2]) == {1: 2, 2: 4}
+    await anyio.to_thread.run_sync(closer.join)
+    assert store.stored() == [0, 1, 2]
 
 
 async def test_closing_carries_out_what_waits_and_a_later_run_opens_again(store: Store, commit: GroupCommit[int, int]) -> None:

@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import logging
+import resource
 import signal
 import struct
 import subprocess
@@ -502,6 +503,18 @@ def test_two_who_make_the_file_at_the_same_moment_do_not_write_to_the_same(
         mapped_file.make(path, SMALL, b"", GUARD)
     assert len(set(names)) == 2
     assert not left_behind.exists()
+
+
+def test_a_file_that_the_disk_has_no_room_for_is_not_left_behind(path: Path) -> None:
+    mapped_file.make(path, SMALL, b"", GUARD)
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2 * SMALL, limit[1]))
+    try:
+        with pytest.raises(OSError, match="too large"):
+            mapped_file.make(path, SMALL, b"", GUARD)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert list(path.parent.iterdir()) == [path]
 
 
 async def test_a_lock_file_that_is_replaced_whenever_it_is_entered_is_storage_unavailable(

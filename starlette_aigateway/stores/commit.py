@@ -103,16 +103,17 @@ class GroupCommit(Generic[Op, Result]):
         if self._pid != THIS.pid:
             self._forget_parent()
         loop = id(waiter.wakeup.loop)
-        gathered = self._gathered.get(loop)
+        with self._guard:  # a `close` in another thread takes the others with this one or without it
+            gathered = self._gathered.get(loop)
+            if gathered is not None:
+                gathered.append(waiter)
         if gathered is None:
             self._submit_stranded()
             self._gathered[loop] = [waiter]
             passes = PASSES if self._busy else 0
             waiter.wakeup.soon(lambda: self._pass_by(loop, passes))
-        else:
-            gathered.append(waiter)
-            if len(gathered) == Writer.ENOUGH:
-                waiter.wakeup.soon(lambda: self._end_pass(loop))
+        elif len(gathered) == Writer.ENOUGH:
+            waiter.wakeup.soon(lambda: self._end_pass(loop))
 
     def _end_pass(self, loop: int) -> None:
         """In the loop. What it carries out is taken from where a `close` in another thread would find it."""
@@ -153,7 +154,8 @@ class GroupCommit(Generic[Op, Result]):
                 self._submit(loop)
 
     def _submit(self, loop: int) -> None:
-        waiters = self._gathered.pop(loop, None)
+        with self._guard:
+            waiters = self._gathered.pop(loop, None)
         if waiters is not None:
             self._put(waiters)
 

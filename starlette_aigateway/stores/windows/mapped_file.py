@@ -122,8 +122,13 @@ def make(path: Path, half: int, frames: bytes, guard: Identity) -> None:
     for left_behind in path.parent.glob(f"{path.name}.*.new"):
         left_behind.unlink(missing_ok=True)
     descriptor, name = mkstemp(prefix=f"{path.name}.", suffix=".new", dir=path.parent)  # nobody else writes to it
-    with os.fdopen(descriptor, "wb") as file:
-        file.write((_head.pack(MAGIC, VERSION, half, *guard) + _turn.pack(1)).ljust(PAGE, b"\0"))
-        file.write(bytes(half))
-        file.write(frames.ljust(half, b"\0"))
-    Path(name).replace(path)
+    unfinished = Path(name)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write((_head.pack(MAGIC, VERSION, half, *guard) + _turn.pack(1)).ljust(PAGE, b"\0"))
+            file.write(bytes(half))
+            file.write(frames.ljust(half, b"\0"))
+        unfinished.replace(path)
+    except BaseException:  # a full disk is to be no fuller
+        unfinished.unlink(missing_ok=True)
+        raise
