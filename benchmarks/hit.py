@@ -16,13 +16,13 @@ import importlib.util
 import sys
 import tempfile
 import time
-from collections import Counter
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from comparison.cases import body
+from comparison.in_process import Client
 from comparison.upstream import ANSWER
 
 from starlette_aigateway.calls import Served
@@ -45,42 +45,12 @@ class Cost(NamedTuple):
     process: float
 
 
-class Client:
-    """Calls `composition` over ASGI, as a server that has the whole body already does."""
-
-    def __init__(self, composition: Composition, raw_key: str) -> None:
-        self._app = composition.http
-        self._headers = [
-            (b"host", b"127.0.0.1"),
-            (b"authorization", b"Bearer " + raw_key.encode()),
-            (b"content-type", b"application/json"),
-            (b"content-length", b"%d" % len(BODY)),
-        ]
-        self.answers: Counter[tuple[int, bytes]] = Counter()
-        """How often each status and `x-cache` came."""
-
-    async def call(self, route: str) -> None:
-        scope = {
-            "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "POST", "scheme": "http", "path": f"/ai{route}",
-            "root_path": "/ai", "query_string": b"", "headers": [*self._headers], "client": ("127.0.0.1", 1), "server": ("127.0.0.1", 80),
-            "state": {},
-        }  # fmt: skip
-        await self._app(scope, self._receive, self._send)
-
-    async def _receive(self) -> dict[str, Any]:
-        return {"type": "http.request", "body": BODY, "more_body": False}
-
-    async def _send(self, message: Any) -> None:
-        if message["type"] == "http.response.start":
-            self.answers[message["status"], dict(message["headers"]).get(b"x-cache", b"")] += 1
-
-
 async def cost(client: Client, route: str, options: argparse.Namespace) -> Cost:
     each = max(1, options.calls // options.tasks)
 
     async def calls() -> None:
         for _ in range(each):
-            await client.call(route)
+            await client.call(route, BODY)
 
     rounds: list[Cost] = []
     for _ in range(options.rounds):
@@ -121,9 +91,9 @@ async def measure(directory: Path, options: argparse.Namespace) -> None:
         raw_key, _ = await composition.create_key(
             "hit", requests_per_minute=PLENTY, tokens_per_minute=PLENTY, daily_cap_usd=PLENTY, hard_cap_usd=PLENTY
         )
-        client = Client(composition, raw_key)
+        client = Client(composition.http, raw_key)
         for route in ROUTES:
-            await client.call(route)
+            await client.call(route, BODY)
         client.answers.clear()
         whole = {route: await cost(client, route, options) for route in ROUTES}
         composition.pipeline.complete = StandIn(composition.pipeline).complete  # type: ignore[method-assign]  # HTTP is measured alone

@@ -147,6 +147,18 @@ def test_a_hit_is_measured_in_process() -> None:
     assert [line.split()[:2] for line in done.stdout.splitlines()] == [["/v1/chat/completions", "whole"], ["/complete", "whole"]]
 
 
+def test_workers_are_measured_without_what_would_take_their_cores(tmp_path: Path) -> None:
+    short = ["--workers", "1,2", "--callers", "4", "--rounds", "1", "--seconds", "0.2"]
+    done = subprocess.run(
+        [sys.executable, "-W", "error", str(BENCHMARKS / "workers.py"), *short], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert [line.split()[:2] for line in done.stdout.splitlines()] == [
+        ["case", "workers"], ["hit", "1"], ["hit", "2"], ["miss", "1"], ["miss", "2"],
+    ]  # fmt: skip
+    assert left_running(tmp_path) == []
+
+
 FROZEN = """
 import gc
 import anyio
