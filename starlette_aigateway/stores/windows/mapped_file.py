@@ -1,6 +1,7 @@
 """A file of two halves that all processes of a host have mapped into their memory, each filled with frames, one after the other.
 
 A frame is its length, a CRC-32 and its payload. The first two are written last, so that what a killed process left unfinished is not there.
+How far each half is filled is noted after that: no frame where one was noted is damage, and not the end.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ PAGE = 4096
 _head = Struct("<8sQQQQ")
 """The magic, the version, the bytes of a half, and which lock file it is written under."""
 _turn = Struct("<q")
+_filled = Struct("<Q")
+_FILLED_AT = _head.size + _turn.size
 _frame = Struct("<II")
 END = bytes(_frame.size)
 
@@ -45,7 +48,7 @@ class MappedFile:
         finally:
             os.close(descriptor)
         self.identity = identity_of(facts)
-        self._begin = self._end = self.position = 0
+        self._begin = self._end = self.position = self._filled_at = 0
 
     @property
     def turn(self) -> int:
@@ -58,7 +61,12 @@ class MappedFile:
 
     @property
     def at_end(self) -> bool:
-        return self._memory[self.position : self.position + _frame.size] == END
+        return self._memory[self.position : self.position + _frame.size] == END and self._filled <= self.used
+
+    @property
+    def _filled(self) -> int:
+        """Bytes of the half that frames were written to, or some less where a process was killed before it noted the last of them."""
+        return int(_filled.unpack_from(self._memory, self._filled_at)[0])
 
     @property
     def used(self) -> int:
@@ -68,15 +76,16 @@ class MappedFile:
     def go_to(self, number: int) -> None:
         self._begin = self.position = PAGE + (number & 1) * self.half
         self._end = self._begin + self.half
+        self._filled_at = _FILLED_AT + (number & 1) * _filled.size
 
     def next(self) -> bytes | None:
         """The payload of the next frame, None at the end. Raises `Damaged`."""
         begin = self.position + _frame.size
         length, check = _frame.unpack_from(self._memory, self.position)
-        if not length:
+        if not length and self._filled <= self.used:
             return None
         payload = self._memory[begin : begin + length]
-        if begin + length > self._end - len(END) or crc32(payload) != check:
+        if not length or begin + length > self._end - len(END) or crc32(payload) != check:
             raise Damaged
         self.position = begin + length
         return payload
@@ -89,6 +98,7 @@ class MappedFile:
         memory[begin + _frame.size : end + len(END)] = frames[_frame.size :] + END
         memory[begin : begin + _frame.size] = frames[: _frame.size]
         self.position = end
+        _filled.pack_into(memory, self._filled_at, self.used)
         return True
 
     def close(self) -> None:
@@ -125,7 +135,8 @@ def make(path: Path, half: int, frames: bytes, guard: Identity) -> None:
     unfinished = Path(name)
     try:
         with os.fdopen(descriptor, "wb") as file:
-            file.write((_head.pack(MAGIC, VERSION, half, *guard) + _turn.pack(1)).ljust(PAGE, b"\0"))
+            head = _head.pack(MAGIC, VERSION, half, *guard) + _turn.pack(1) + _filled.pack(0) + _filled.pack(len(frames))
+            file.write(head.ljust(PAGE, b"\0"))
             file.write(bytes(half))
             file.write(frames.ljust(half, b"\0"))
         unfinished.replace(path)
