@@ -190,7 +190,7 @@ class SQLiteLedger:
         check_moment(record.created_at, "created_at")
         _check_numbers(record.usage, record.latency_ms)
         _check_storable(record)
-        await self._run(Record(record, self._prices.dump(record.price)))
+        self._told(await self._commit.run(Record(record, self._prices.dump(record.price))))
 
     async def expire(self, *, now: float) -> Sequence[UsageRecord]:
         check_moment(now, "now")
