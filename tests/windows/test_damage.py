@@ -4,7 +4,7 @@ import fcntl
 import logging
 import resource
 import struct
-from contextlib import AsyncExitStack, closing
+from contextlib import AsyncExitStack, ExitStack, closing
 from pathlib import Path
 
 import pytest
@@ -118,9 +118,9 @@ def test_who_read_on_before_the_damage_agrees_with_everybody_else(path: Path, lo
         assert log.in_place
 
 
-@pytest.mark.parametrize(("turn", "known"), [(0, 1), (2**62 + 1, 1), (-(2**63), 1), (77, 0)])
-async def test_a_half_that_there_cannot_be_is_damage_and_what_the_first_one_tells_is_kept(
-    path: Path, clock: FakeClock, turn: int, known: int, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("turn", [0, 1, 2**62 + 1, -(2**63), 77])
+async def test_a_half_that_was_never_noted_is_damage_and_what_the_halves_themselves_tell_is_kept(
+    path: Path, clock: FakeClock, turn: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with FileWindowStorage(path=path, clock=clock) as storage:
         assert await admitted(storage, requests(5))
@@ -129,8 +129,48 @@ async def test_a_half_that_there_cannot_be_is_damage_and_what_the_first_one_tell
             file.write(struct.pack("<q", turn))
         for more in (1, 2):
             assert await admitted(storage, requests(5))
-            assert await remaining(storage, requests(5)) == [5 - known - more]
+            assert await remaining(storage, requests(5)) == [5 - 1 - more]
     assert "damaged" in caplog.text
+
+
+@pytest.mark.parametrize("number", [1, 2, 3, 4])
+def test_no_flipped_bit_makes_workers_go_on_in_another_half_than_the_others(path: Path, small: None, number: int) -> None:
+    """Who runs and knows all, who runs and was away for a while, and who starts then."""
+    for bit in range(64):
+        path.unlink(missing_ok=True)
+        with ExitStack() as stack:
+            logs = [stack.enter_context(closing(Log(path, GUARD))) for _ in range(2)]
+            hits = 0
+            while logs[0]._number < number or logs[0]._file.used < SMALL // 2 or logs[0].windows.uncopied:
+                hits += 1
+                keep(logs[0], NOW, Hit(window(0), 1))
+                if logs[0]._number < number:
+                    logs[1].catch_up()
+            with path.open("r+b") as file:
+                file.seek(40 + bit // 8)
+                (byte,) = file.read(1)
+                file.seek(40 + bit // 8)
+                file.write(bytes([byte ^ 1 << bit % 8]))
+            logs.append(stack.enter_context(closing(Log(path, GUARD))))
+            for log in logs:
+                keep(log, NOW, Hit(window(0), 1))
+            for log in logs:
+                log.catch_up()
+                assert used(log.windows, NOW) == {window(0): hits + len(logs)}, f"bit {bit}"
+
+
+async def test_who_replaces_a_file_that_is_none_of_ours_any_more_tells_those_who_have_it_open(
+    path: Path, clock: FakeClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(turns_module, "LOOK_EVERY", 1e9)
+    async with FileWindowStorage(path=path, clock=clock) as running:
+        assert await admitted(running, requests(5))
+        with path.open("r+b") as file:
+            file.write(b"?")
+        async with FileWindowStorage(path=path, clock=clock) as starting:
+            for left in (4, 3):
+                assert await admitted(starting, requests(5))
+                assert await remaining(running, requests(5)) == [left]
 
 
 def test_a_correction_of_the_clock_in_a_window_that_the_damage_took_changes_nothing(path: Path, logs: list[WindowLog]) -> None:

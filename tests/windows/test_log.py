@@ -203,6 +203,49 @@ def test_a_kill_between_two_halves_loses_nothing(
     assert used(logs[2].windows, NOW) == {window(0): total + 400}
 
 
+def test_a_kill_while_the_head_of_a_half_is_written_over_an_older_one_is_no_damage(
+    path: Path, small: None, logs: list[WindowLog], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    logs += [Log(path, GUARD)]
+    total = 0
+    while logs[0]._number < 3:
+        total += 1
+        keep(logs[0], NOW, Hit(window(0), 1))
+
+    def die(file: MappedFile, frames: bytes) -> bool:
+        """Between the two stores of `append`."""
+        if file.used:
+            return append(file, frames)
+        file._memory[file.position + 8 : file.position + len(frames)] = frames[8:]
+        raise Killed
+
+    append = MappedFile.append
+    with monkeypatch.context() as patched, suppress(Killed):
+        patched.setattr(MappedFile, "append", die)
+        while True:
+            total += 1
+            keep(logs[0], NOW, Hit(window(0), 1))
+    logs += [Log(path, GUARD)]
+    assert used(logs[1].windows, NOW) == {window(0): total}
+    assert caplog.text == ""
+
+
+def test_what_tells_which_half_is_written_is_stored_at_once(path: Path, logs: list[WindowLog]) -> None:
+    """A process is killed before it or after it, and never halfway."""
+    logs += [Log(path, GUARD)]
+    stored: list[bytes] = []
+
+    class Memory:
+        def __setitem__(self, place: slice, cell: bytes) -> None:
+            assert place.stop - place.start == len(cell) == 8
+            stored.append(cell)
+
+    memory, logs[0]._file._memory = logs[0]._file._memory, Memory()  # type: ignore[assignment]
+    logs[0]._file.turn = 2
+    logs[0]._file._memory = memory
+    assert len(stored) == 1
+
+
 @pytest.mark.parametrize("after", [False, True], ids=["before the new file is in place", "after"])
 def test_a_kill_while_the_log_moves_loses_nothing(
     path: Path, small: None, logs: list[WindowLog], monkeypatch: pytest.MonkeyPatch, after: bool

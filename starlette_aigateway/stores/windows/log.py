@@ -22,7 +22,7 @@ from msgspec import Struct
 
 from ...policy.windows import Window
 from ..lock_file import Identity, identity_of
-from .mapped_file import Damaged, MappedFile, framed, make
+from .mapped_file import LAST_TURN, Damaged, MappedFile, framed, give_up, make
 from .states import Change, Drop, Windows
 
 HALF = 1 << 20
@@ -32,8 +32,6 @@ ROOM = 8
 COPIED_AT_ONCE = 4
 """Windows that a record brings along from the older half."""
 COPIED_IN_MOVE = 256
-LAST = 2**62
-"""The number of a half that no log reaches."""
 
 log = logging.getLogger("starlette_aigateway")
 
@@ -138,6 +136,7 @@ class WindowLog:
         """From now on the other half is written. It is not needed: all of its windows were brought along."""
         number = self._number + 1
         self._go_on_in(number)
+        self._file.begin_anew()
         self._file.append(framed(_encode(Head(number))))
         self._file.turn = number
 
@@ -172,16 +171,17 @@ class WindowLog:
             pass
         except Damaged:
             self._warn()
+            give_up(self._path)
         make(self._path, HALF, framed(_encode(Head(1))), self._ours)
         return MappedFile(self._path)
 
     def _read_all(self) -> None:
         """The older half, if it is the one before, and the newer one."""
         file, windows = self._file, self.windows
-        number = abs(file.turn)  # negative: whoever was to move it was killed
-        if not 1 <= number <= LAST:
+        number = abs(file.turn or 0)  # negative: whoever was to move it was killed
+        if not number:
             self._found_damage()
-            number = 1
+            number = max(self._begun(0), self._begun(1), 1)
         file.turn = number
         file.go_to(number - 1)
         if self._next() == Head(number - 1):
@@ -195,6 +195,12 @@ class WindowLog:
             self._found_damage()
         if self._damaged:
             self._move(windows.latest)
+
+    def _begun(self, half: int) -> int:
+        """The number that a half begins with."""
+        self._file.go_to(half)
+        entry = self._next()
+        return entry.number if isinstance(entry, Head) and entry.number & 1 == half and entry.number <= LAST_TURN else 0
 
     def _replay(self) -> None:
         """To the end."""

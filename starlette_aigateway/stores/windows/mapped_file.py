@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import mmap
 import os
+from contextlib import suppress
 from pathlib import Path
 from struct import Struct
 from tempfile import mkstemp
@@ -24,8 +25,11 @@ PAGE = 4096
 _head = Struct("<8sQQQQ")
 """The magic, the version, the bytes of a half, and which lock file it is written under."""
 _turn = Struct("<q")
+_TURN_AT = _head.size
+_TURN_END = _TURN_AT + _turn.size
+_CHECK_BITS = 24
+LAST_TURN = 2**38
 _filled = Struct("<Q")
-_FILLED_AT = _head.size + _turn.size
 _frame = Struct("<II")
 END = bytes(_frame.size)
 
@@ -49,15 +53,20 @@ class MappedFile:
             os.close(descriptor)
         self.identity = identity_of(facts)
         self._begin = self._end = self.position = self._filled_at = 0
+        self._turn: tuple[bytes, int | None] = b"", None
 
     @property
-    def turn(self) -> int:
-        """The number of the half that is written now, its parity says which; negative once the log went on in another file."""
-        return int(_turn.unpack_from(self._memory, _head.size)[0])
+    def turn(self) -> int | None:
+        """The number of the half that is written now, its parity says which; negative once the log went on in another file. None where
+        what is there was never written."""
+        cell = self._memory[_TURN_AT:_TURN_END]
+        if cell != self._turn[0]:
+            self._turn = cell, _turn_in(cell)
+        return self._turn[1]
 
     @turn.setter
     def turn(self, number: int) -> None:
-        _turn.pack_into(self._memory, _head.size, number)
+        self._memory[_TURN_AT:_TURN_END] = _turn_cell(number)
 
     @property
     def at_end(self) -> bool:
@@ -68,6 +77,10 @@ class MappedFile:
         """Bytes of the half that frames were written to, or some less where a process was killed before it noted the last of them."""
         return int(_filled.unpack_from(self._memory, self._filled_at)[0])
 
+    @_filled.setter
+    def _filled(self, size: int) -> None:
+        self._memory[self._filled_at : self._filled_at + _filled.size] = _filled.pack(size)
+
     @property
     def used(self) -> int:
         """Bytes of the half up to here."""
@@ -76,7 +89,12 @@ class MappedFile:
     def go_to(self, number: int) -> None:
         self._begin = self.position = PAGE + (number & 1) * self.half
         self._end = self._begin + self.half
-        self._filled_at = _FILLED_AT + (number & 1) * _filled.size
+        self._filled_at = _TURN_END + (number & 1) * _filled.size
+
+    def begin_anew(self) -> None:
+        """The half is written from its beginning on. Who looks before there is something finds nothing, and no damage."""
+        self._filled = 0
+        self._memory[self._begin : self._begin + _frame.size] = END
 
     def next(self) -> bytes | None:
         """The payload of the next frame, None at the end. Raises `Damaged`."""
@@ -98,7 +116,7 @@ class MappedFile:
         memory[begin + _frame.size : end + len(END)] = frames[_frame.size :] + END
         memory[begin : begin + _frame.size] = frames[: _frame.size]
         self.position = end
-        _filled.pack_into(memory, self._filled_at, self.used)
+        self._filled = self.used
         return True
 
     def close(self) -> None:
@@ -121,6 +139,23 @@ def _described(head: bytes, size: int, name: str) -> tuple[int, Identity]:
     return half, (device, inode)
 
 
+def _turn_cell(number: int) -> bytes:
+    """The number and a check of it, to be written with one store: a process is killed before it or after it."""
+    return _turn.pack(number << _CHECK_BITS | crc32(_turn.pack(number)) >> 32 - _CHECK_BITS)
+
+
+def _turn_in(cell: bytes) -> int | None:
+    number = int(_turn.unpack(cell)[0]) >> _CHECK_BITS
+    return number if _turn_cell(number) == cell else None
+
+
+def give_up(path: Path) -> None:
+    """Whoever has the damaged file at `path` open finds that the log went on in another one."""
+    with suppress(OSError), path.open("r+b") as file:
+        if os.fstat(file.fileno()).st_size >= PAGE:
+            os.pwrite(file.fileno(), _turn_cell(-1), _TURN_AT)
+
+
 def framed(payload: bytes) -> bytes:
     return _frame.pack(len(payload), crc32(payload)) + payload
 
@@ -135,7 +170,7 @@ def make(path: Path, half: int, frames: bytes, guard: Identity) -> None:
     unfinished = Path(name)
     try:
         with os.fdopen(descriptor, "wb") as file:
-            head = _head.pack(MAGIC, VERSION, half, *guard) + _turn.pack(1) + _filled.pack(0) + _filled.pack(len(frames))
+            head = _head.pack(MAGIC, VERSION, half, *guard) + _turn_cell(1) + _filled.pack(0) + _filled.pack(len(frames))
             file.write(head.ljust(PAGE, b"\0"))
             file.write(bytes(half))
             file.write(frames.ljust(half, b"\0"))
