@@ -1,5 +1,6 @@
 """What becomes of the file of the windows where it is damaged, somebody else's, removed, or has no room on the disk."""
 
+import errno
 import fcntl
 import logging
 import resource
@@ -171,6 +172,25 @@ async def test_who_replaces_a_file_that_is_none_of_ours_any_more_tells_those_who
             for left in (4, 3):
                 assert await admitted(starting, requests(5))
                 assert await remaining(running, requests(5)) == [left]
+
+
+async def test_who_finds_no_room_to_replace_a_damaged_file_takes_it_from_nobody(
+    path: Path, clock: FakeClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    async with FileWindowStorage(path=path, clock=clock) as running:
+        assert await admitted(running, requests(2))
+        with path.open("r+b") as file:
+            file.write(b"?")
+        with monkeypatch.context() as patched:
+            patched.setattr(log_module, "make", full)
+            async with FileWindowStorage(path=path, clock=clock) as starting:
+                with pytest.raises(StorageUnavailable):
+                    await admitted(starting, requests(2))
+            assert await admitted(running, requests(2))
+            assert not await admitted(running, requests(2))
 
 
 def test_a_correction_of_the_clock_in_a_window_that_the_damage_took_changes_nothing(path: Path, logs: list[WindowLog]) -> None:

@@ -22,7 +22,7 @@ from msgspec import Struct
 
 from ...policy.windows import Window
 from ..lock_file import Identity, identity_of
-from .mapped_file import LAST_TURN, Damaged, MappedFile, framed, give_up, make
+from .mapped_file import LAST_TURN, Damaged, MappedFile, framed, given_up, make
 from .states import Change, Drop, Windows
 
 HALF = 1 << 20
@@ -168,12 +168,15 @@ class WindowLog:
         try:
             return MappedFile(self._path)
         except FileNotFoundError:
-            pass
+            self._begin()
         except Damaged:
             self._warn()
-            give_up(self._path)
-        make(self._path, HALF, framed(_encode(Head(1))), self._ours)
+            with given_up(self._path):
+                self._begin()
         return MappedFile(self._path)
+
+    def _begin(self) -> None:
+        make(self._path, HALF, framed(_encode(Head(1))), self._ours)
 
     def _read_all(self) -> None:
         """The older half, if it is the one before, and the newer one."""

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import mmap
 import os
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from struct import Struct
 from tempfile import mkstemp
@@ -29,6 +30,7 @@ _TURN_AT = _head.size
 _TURN_END = _TURN_AT + _turn.size
 _CHECK_BITS = 24
 LAST_TURN = 2**38
+"""No log gets there, and its number has room beside its check."""
 _filled = Struct("<Q")
 _frame = Struct("<II")
 END = bytes(_frame.size)
@@ -146,14 +148,16 @@ def _turn_cell(number: int) -> bytes:
 
 def _turn_in(cell: bytes) -> int | None:
     number = int(_turn.unpack(cell)[0]) >> _CHECK_BITS
-    return number if _turn_cell(number) == cell else None
+    return number if abs(number) <= LAST_TURN and _turn_cell(number) == cell else None
 
 
-def give_up(path: Path) -> None:
-    """Whoever has the damaged file at `path` open finds that the log went on in another one."""
-    with suppress(OSError), path.open("r+b") as file:
-        if os.fstat(file.fileno()).st_size >= PAGE:
-            os.pwrite(file.fileno(), _turn_cell(-1), _TURN_AT)
+@contextmanager
+def given_up(path: Path) -> Iterator[None]:
+    """Whoever has the damaged file at `path` open finds that the log went on in another one, once the block has put that in its place."""
+    with path.open("r+b") as damaged:
+        yield
+        if os.fstat(damaged.fileno()).st_size >= PAGE:
+            os.pwrite(damaged.fileno(), _turn_cell(-1), _TURN_AT)
 
 
 def framed(payload: bytes) -> bytes:
