@@ -26,6 +26,7 @@ from contextlib import asynccontextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 
+import ample_key
 from no_ledger import NoLedger
 from starlette.applications import Starlette
 from starlette.routing import Mount
@@ -39,7 +40,6 @@ WORK = Path(os.environ["WORK"])
 SEED_FILE = WORK / "aigateway.seed"
 SEED_BYTES = 32
 UPSTREAM = os.environ.get("UPSTREAM", "http://127.0.0.1:9001/v1")
-PLENTY = 10**9
 
 
 def seed() -> bytes:
@@ -86,15 +86,7 @@ def build() -> Starlette:
         try:
             async with gateway.lifespan():
                 with suppress(Conflict):  # another worker has made it, or an earlier run
-                    await gateway.create_key(
-                        "bench",
-                        requests_per_minute=PLENTY,
-                        tokens_per_minute=PLENTY,
-                        max_parallel_requests=PLENTY,
-                        daily_cap_usd=PLENTY,
-                        monthly_cap_usd=PLENTY,
-                        hard_cap_usd=PLENTY,
-                    )
+                    await ample_key.make(gateway, "bench")
                 if os.environ.get("GC") != "default":
                     gc.collect()
                     gc.freeze()

@@ -17,17 +17,14 @@ import json
 import signal
 import sys
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
 
 from comparison import report
 from comparison.cases import CASES
 from comparison.generators import LoadFailed
+from comparison.options import cases_of, number
 from comparison.rounds import Bench, Outcome, Settings, WrongAnswer
 from comparison.servers import NotStarted
-
-Number = TypeVar("Number", int, float)
 
 
 def arguments() -> argparse.Namespace:
@@ -37,7 +34,7 @@ def arguments() -> argparse.Namespace:
         "--seconds", type=number(float, 0.1, 600), default=4.0, help="of load for each case in a round; wrk takes whole ones (default: 4)"
     )
     parser.add_argument("--connections", type=number(int, 1, 1000), default=64, help="with one call in the air on each (default: 64)")
-    parser.add_argument("--cases", type=case_names, default=list(CASES), help=f"of {','.join(CASES)} (default: all of them)")
+    parser.add_argument("--cases", type=cases_of(CASES), default=list(CASES), help=f"of {','.join(CASES)} (default: all of them)")
     parser.add_argument(
         "--workers",
         type=number(int, 1, 64),
@@ -48,24 +45,6 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
     parser.add_argument("--no-wrk", action="store_true", help="make the load with a loop in Python, also where wrk is installed")
     return parser.parse_args()
-
-
-def number(kind: type[Number], least: float, most: float) -> Callable[[str], Number]:
-    def parse(text: str) -> Number:
-        value = kind(text)
-        if not least <= value <= most:
-            raise argparse.ArgumentTypeError(f"{value} is not between {least} and {most}")
-        return value
-
-    parse.__name__ = "number"  # in what argparse says of others
-    return parse
-
-
-def case_names(text: str) -> list[str]:
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    if unknown := [name for name in names if name not in CASES]:
-        raise argparse.ArgumentTypeError(f"there is no case {unknown[0]!r}; there are {', '.join(CASES)}")
-    return [name for name in CASES if name in names]
 
 
 def settings(options: argparse.Namespace) -> Settings:
@@ -103,8 +82,8 @@ def measure(chosen: Settings) -> Outcome | str:
 def main() -> int:
     options = arguments()
     chosen = settings(options)
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda *_: sys.exit(143))
+    for ending in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(ending, lambda *_: sys.exit(143))
     try:
         outcome = measure(chosen)
     except KeyboardInterrupt:

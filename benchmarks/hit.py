@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import importlib.util
 import sys
 import tempfile
 import time
@@ -21,6 +20,8 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import ample_key
+from comparison import loops
 from comparison.cases import body
 from comparison.in_process import Client
 from comparison.upstream import ANSWER
@@ -33,7 +34,6 @@ from starlette_aigateway.wires import openai_chat
 
 MODEL = "gpt-4o-mini"
 ROUTES = ("/v1/chat/completions", "/complete")
-PLENTY = 10**9
 BODY = body(stream=False).encode()
 COMPLETION = ANSWER.partition(b"\r\n\r\n")[2]
 
@@ -88,9 +88,7 @@ class StandIn:
 async def measure(directory: Path, options: argparse.Namespace) -> None:
     composition = Composition(providers=[Provider()], data_dir=directory, prices={MODEL: Price("0.15", "0.60")})
     async with composition.lifecycle.lifespan():
-        raw_key, _ = await composition.create_key(
-            "hit", requests_per_minute=PLENTY, tokens_per_minute=PLENTY, daily_cap_usd=PLENTY, hard_cap_usd=PLENTY
-        )
+        raw_key = await ample_key.make(composition, "hit")
         client = Client(composition.http, raw_key)
         for route in ROUTES:
             await client.call(route, BODY)
@@ -103,20 +101,14 @@ async def measure(directory: Path, options: argparse.Namespace) -> None:
         assert client.answers.keys() == {(200, b"hit")}, client.answers
 
 
-def event_loop() -> asyncio.Runner:
-    if importlib.util.find_spec("uvloop") is None:
-        return asyncio.Runner()
-    return asyncio.Runner(loop_factory=importlib.import_module("uvloop").new_event_loop)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description="CPU of a cache hit in microseconds, in process")
     parser.add_argument("--calls", type=int, default=4000, help="in a round")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--tasks", type=int, default=64, help="calls in the air at a time")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="aigateway-hit-") as directory, event_loop() as runner:
-        runner.run(measure(Path(directory), options))
+    with tempfile.TemporaryDirectory(prefix="aigateway-hit-") as directory:
+        loops.run(measure(Path(directory), options))
 
 
 if __name__ == "__main__":

@@ -27,17 +27,18 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import ample_key
 from comparison import loops
 from comparison.cases import CALL, body
 from comparison.cores import on
 from comparison.in_process import AtHand, Client
 from comparison.load import NUMBER
+from comparison.options import cases_of, number
 
 from starlette_aigateway import AIGateway, Price
 from starlette_aigateway.providers import OpenAIProvider
 
-CASES = {"hit": b"hit", "miss": b"miss"}
-PLENTY = 10**9
+CASES = ("hit", "miss")
 WARM_UP = 32
 BODY = body(stream=False)
 
@@ -75,25 +76,16 @@ def gateway(directory: Path) -> AIGateway:
 async def made_key(directory: Path) -> str:
     own = gateway(directory)
     async with own.lifespan():
-        raw_key, _ = await own.create_key(
-            "workers",
-            requests_per_minute=PLENTY,
-            tokens_per_minute=PLENTY,
-            max_parallel_requests=PLENTY,
-            daily_cap_usd=PLENTY,
-            monthly_cap_usd=PLENTY,
-            hard_cap_usd=PLENTY,
-        )
-    return raw_key
+        return await ample_key.make(own, "workers")
 
 
 async def carry_out(work: Work, start: Barrier) -> Outcome:
     own = gateway(work.directory)
-    numbers = count(os.getpid() * 10**9)
+    serial = count(os.getpid() * 10**9)
 
     async def call() -> None:
-        number = next(numbers) if work.case == "miss" else 0
-        await client.call(CALL, BODY.replace(NUMBER, f"{number:016d}").encode())
+        unique = next(serial) if work.case == "miss" else 0
+        await client.call(CALL, BODY.replace(NUMBER, f"{unique:016d}").encode())
 
     async def calls(deadline: float) -> None:
         while time.monotonic() < deadline:
@@ -113,7 +105,7 @@ async def carry_out(work: Work, start: Barrier) -> Outcome:
             for _ in range(work.callers):
                 group.create_task(calls(began + work.seconds))
         seconds, cpu = time.monotonic() - began, time.process_time() - cpu
-    if client.answers.keys() != {(200, CASES[work.case])}:
+    if client.answers.keys() != {(200, work.case.encode())}:
         raise SystemExit(f"calls went wrong: {dict(client.answers)}")
     return Outcome(client.answers.total(), seconds, cpu)
 
@@ -136,8 +128,8 @@ def measure(case: str, workers: int, callers: int, seconds: float) -> Figures:
         directory = Path(name)
         work = Work(directory, asyncio.run(made_key(directory)), case, callers, seconds)
         processes = [context.Process(target=worker, args=(work, start, outcomes)) for _ in range(workers)]
-        for number, process in enumerate(processes):
-            with on({usable[number % len(usable)]} if usable else None):
+        for place, process in enumerate(processes):
+            with on({usable[place % len(usable)]} if usable else None):
                 process.start()
         brought = [outcomes.get() for _ in processes]
         for process in processes:
@@ -149,11 +141,11 @@ def measure(case: str, workers: int, callers: int, seconds: float) -> Figures:
     return Figures(rate, sum(outcome.cpu for outcome in done) / sum(outcome.calls for outcome in done) * 1e6)
 
 
-def rounds(case: str, numbers: Sequence[int], options: argparse.Namespace) -> dict[int, list[Figures]]:
-    found: dict[int, list[Figures]] = {workers: [] for workers in numbers}
-    for number in range(1, options.rounds + 1):
-        for workers in numbers:
-            print(f"{case}: round {number} of {options.rounds}, {workers} workers", file=sys.stderr)
+def rounds(case: str, counts: Sequence[int], options: argparse.Namespace) -> dict[int, list[Figures]]:
+    found: dict[int, list[Figures]] = {workers: [] for workers in counts}
+    for round_number in range(1, options.rounds + 1):
+        for workers in counts:
+            print(f"{case}: round {round_number} of {options.rounds}, {workers} workers", file=sys.stderr)
             found[workers].append(measure(case, workers, max(1, options.callers // (workers if options.shared else 1)), options.seconds))
     return found
 
@@ -167,27 +159,18 @@ def report(case: str, found: dict[int, list[Figures]]) -> None:
         print(f"{case:5} {workers:7d} {rate:9,.0f} {cpu:12.0f}   {ratio}")
 
 
-def numbers_of(text: str) -> list[int]:
-    found = [int(part) for part in text.split(",")]
-    if not all(1 <= one <= 64 for one in found):
-        raise argparse.ArgumentTypeError("numbers of workers are between 1 and 64")
-    return found
-
-
-def cases_of(text: str) -> list[str]:
-    if not CASES.keys() >= set(text.split(",")):
-        raise argparse.ArgumentTypeError(f"cases are {', '.join(CASES)}")
-    return text.split(",")
+def numbers(text: str) -> list[int]:
+    return [number(int, 1, 64)(part) for part in text.split(",")]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", type=cases_of, default=[*CASES], help="of hit,miss (default: both)")
-    parser.add_argument("--workers", type=numbers_of, default=[1, 2, 4], help="ratios are to the first of them (default: 1,2,4)")
-    parser.add_argument("--callers", type=int, default=64, help="that call at a time, in each worker (default: 64)")
+    parser.add_argument("--cases", type=cases_of(CASES), default=[*CASES], help="of hit,miss (default: both)")
+    parser.add_argument("--workers", type=numbers, default=[1, 2, 4], help="ratios are to the first of them (default: 1,2,4)")
+    parser.add_argument("--callers", type=number(int, 1, 10_000), default=64, help="that call at a time, in each worker (default: 64)")
     parser.add_argument("--shared", action="store_true", help="the callers are divided between the workers")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=2.0, help="of calls, each time")
+    parser.add_argument("--rounds", type=number(int, 1, 100), default=5)
+    parser.add_argument("--seconds", type=number(float, 0.1, 600), default=2.0, help="of calls, each time")
     options = parser.parse_args()
     print("case  workers   calls/s  CPU us/call   ratio (from the least to the most of a round)")
     for case in options.cases:
