@@ -192,13 +192,14 @@ class Admission:
         return rendered, f"{prompt.name}@{prompt.version}", plain
 
     def _planned(self, model: str) -> Routes:
-        planned = self._routes.get(model)
-        if planned is None:
-            plan = routing.plan(model, tuple(self._s.providers.values()))
-            planned = Routes(plan, tuple(self._route(model, target) for target in plan.targets))
-            if len(self._routes) >= MAX_PLANS:
-                self._routes.clear()
-            self._routes[model] = planned
+        return self._routes.get(model) or self._plan(model)
+
+    def _plan(self, model: str) -> Routes:
+        plan = routing.plan(model, tuple(self._s.providers.values()))
+        planned = Routes(plan, tuple(self._route(model, target) for target in plan.targets))
+        if len(self._routes) >= MAX_PLANS:
+            self._routes.clear()
+        self._routes[model] = planned
         return planned
 
     def _route(self, model: str, target: Target) -> Route:

@@ -244,7 +244,7 @@ class Background:
     @property
     def shared(self) -> bool:
         """Whether work may be shared between requests: there is an owner that outlives each of them."""
-        return self._owner() is not None
+        return self._owner(current_loop()) is not None
 
     @property
     def movable(self) -> bool:
@@ -252,10 +252,7 @@ class Background:
         its own."""
         return self.shared or running_asyncio_loop() is not None
 
-    def _owner(self) -> Owner | None:
-        if not self._owners:
-            return None
-        loop = current_loop()
+    def _owner(self, loop: object) -> Owner | None:
         for owner in reversed(self._owners):
             if owner.loop is loop:
                 return owner
@@ -271,7 +268,7 @@ class Background:
             async with self.start(work, limit) as job:
                 return await job.result()
         job = self.job(work, limit)
-        job.begin(loop, self._owner(), self._tasks)
+        job.begin(loop, self._owner(loop), self._tasks)
         try:
             return await job.result()
         finally:
@@ -283,7 +280,7 @@ class Background:
         abandoned; without an owner, leaving waits for it."""
         job = self.job(work, limit)
         loop = running_asyncio_loop()
-        return _in_group(job, self._owner()) if loop is None else InTask(job, loop, self._owner(), self._tasks)
+        return _in_group(job, self._owner(current_loop())) if loop is None else InTask(job, loop, self._owner(loop), self._tasks)
 
 
 class InTask(AbstractAsyncContextManager[Job[T]]):

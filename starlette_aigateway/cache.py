@@ -37,6 +37,8 @@ class MemoryTier:
         self._lock = threading.Lock()
 
     def get(self, key: str, now: float, generation: Generation) -> bytes | None:
+        if key not in self._entries:  # most calls ask for what is not there
+            return None
         with self._lock:
             entry = self._entries.get(key)
             if entry is None:
@@ -48,14 +50,16 @@ class MemoryTier:
             return entry.value
 
     def put(self, key: str, entry: Entry) -> None:
+        entries, size = self._entries, len(entry.value)
         with self._lock:
-            self._drop(key)
-            if len(entry.value) > self._max_bytes:
+            if key in entries:
+                self._drop(key)
+            if size > self._max_bytes:
                 return
-            self._entries[key] = entry
-            self._bytes += len(entry.value)
-            while self._bytes > self._max_bytes or len(self._entries) > self._max_entries:
-                self._drop(next(iter(self._entries)))
+            entries[key] = entry
+            self._bytes += size
+            while self._bytes > self._max_bytes or len(entries) > self._max_entries:
+                self._drop(next(iter(entries)))
 
     def clear(self) -> int:
         with self._lock:
@@ -65,9 +69,7 @@ class MemoryTier:
             return count
 
     def _drop(self, key: str) -> None:
-        entry = self._entries.pop(key, None)
-        if entry is not None:
-            self._bytes -= len(entry.value)
+        self._bytes -= len(self._entries.pop(key).value)
 
 
 class Worker:

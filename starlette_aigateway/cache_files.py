@@ -35,7 +35,7 @@ CLOSE_TIMEOUT = 10.0
 RETRY_AFTER = 5.0
 """Seconds until a cache that could not be opened is tried again."""
 
-GATHER_SECONDS = 0.02
+GATHER_SECONDS = 0.1
 MAX_BATCH = 256
 CULL_SECONDS = 1.0
 CULL_SHARE = 64
@@ -138,14 +138,13 @@ class CacheFiles:
 
     def write(self, key: str, entry: Entry, ttl: float) -> None:
         """Queues a write, which `read` sees at once. With 64 MiB of writes in the queue, it does not happen."""
-        task = Put(key, entry, ttl)
+        task, size = Put(key, entry, ttl), len(entry.value)
         with self._queueing:
-            if self._pending_bytes + len(entry.value) > MAX_PENDING_BYTES:
+            if self._pending_bytes + size > MAX_PENDING_BYTES or not self._enqueue(task):
                 return
             replaced = self._pending.get(key)
             self._pending[key] = task
-            self._pending_bytes += len(entry.value) - (0 if replaced is None else len(replaced.entry.value))
-        self._submit(task)
+            self._pending_bytes += size if replaced is None else size - len(replaced.entry.value)
 
     def ask(self, work: Callable[[], int]) -> Future[int]:
         """`work` on the thread, after everything that was queued before. A failure is told, and its result is 0."""
@@ -219,13 +218,17 @@ class CacheFiles:
 
     def _submit(self, task: Task) -> bool:
         with self._queueing:
-            if self._closed:
-                return False
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._work, name="aigateway-cache", daemon=True)
-                self._thread.start()
-            self._tasks.put(task)
-            return True
+            return self._enqueue(task)
+
+    def _enqueue(self, task: Task) -> bool:
+        """Under the lock of the queue. False: nothing is written any more."""
+        if self._closed:
+            return False
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._work, name="aigateway-cache", daemon=True)
+            self._thread.start()
+        self._tasks.put(task)
+        return True
 
     def _work(self) -> None:
         last = False

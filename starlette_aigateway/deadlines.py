@@ -57,7 +57,7 @@ def deadline(seconds: float, *, shield: bool = False, passed: Callable[[], None]
         loop = asyncio.get_running_loop()
     except RuntimeError:  # not asyncio
         return ScopeDeadline(seconds, shield)
-    return TaskDeadline(Alarm(loop), seconds, passed=passed)
+    return TaskDeadline(Alarm(loop), monotonic() + seconds, False, passed)
 
 
 class Alarm:
@@ -65,14 +65,14 @@ class Alarm:
     first of them passes, or before, and looks which have. A timer costs more than everything else here, and hardly any is needed: so it
     first looks after `GLANCE` seconds, before most deadlines and after the end of most calls."""
 
-    __slots__ = ("_loop", "_rings_at", "_timer", "innermost", "overdue", "task")
+    __slots__ = ("_loop", "_timer", "innermost", "overdue", "rings_at", "task")
 
     task: asyncio.Task[object]
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
         self._timer: asyncio.TimerHandle | None = None
-        self._rings_at = math.inf
+        self.rings_at = math.inf
         self.innermost: TaskDeadline | None = None
         self.overdue = False
 
@@ -82,7 +82,8 @@ class Alarm:
         assert task is not None, "a block has a task to cancel"
         self.task = task
         if at < math.inf:
-            self.ring_by(min(at, monotonic() + GLANCE))
+            glance = monotonic() + GLANCE
+            self.ring_by(at if at < glance else glance)
 
     def end(self) -> None:
         if self._timer is not None:
@@ -90,15 +91,16 @@ class Alarm:
             self._timer = None
 
     def ring_by(self, at: float) -> None:
-        if at < self._rings_at:
+        if at < self.rings_at:
             if self._timer is not None:
                 self._timer.cancel()
-            self._rings_at = at
-            self._timer = self._loop.call_later(max(0.0, at - monotonic()), self._ring)
+            self.rings_at = at
+            left = at - monotonic()
+            self._timer = self._loop.call_later(left if left > 0.0 else 0.0, self._ring)
 
     def _ring(self) -> None:
         """Called by the loop, so that the task stands at an await and is cancelled there."""
-        self._timer, self._rings_at = None, math.inf
+        self._timer, self.rings_at = None, math.inf
         now, held, first = monotonic() + CLOCK_STEP, False, math.inf
         one = self.innermost
         while one is not None:
@@ -119,14 +121,16 @@ class TaskDeadline:
     __slots__ = ("_alarm", "_before", "_fired", "_passed", "at", "cancelled_caught", "entered", "is_critical", "outer")
 
     _before: int
+    """Cancellations of the task that were under way when it was entered."""
 
-    def __init__(self, alarm: Alarm, seconds: float, *, is_critical: bool = False, passed: Callable[[], None] | None = None) -> None:
+    outer: TaskDeadline | None
+
+    def __init__(self, alarm: Alarm, at: float, is_critical: bool = False, passed: Callable[[], None] | None = None) -> None:
         self._alarm = alarm
         self._passed = passed
         self._fired = 0
-        self.at = monotonic() + seconds
+        self.at = at
         self.is_critical = is_critical
-        self.outer: TaskDeadline | None = None
         self.entered = False
         self.cancelled_caught = False
 
@@ -135,22 +139,24 @@ class TaskDeadline:
         return self._fired > 0
 
     def __enter__(self) -> Self:
-        alarm = self._alarm
-        self.outer, alarm.innermost = alarm.innermost, self
-        if self.outer is None:
-            alarm.begin(self.at)
-        else:
-            alarm.ring_by(self.at)
+        alarm, at = self._alarm, self.at
+        self.outer = outer = alarm.innermost
+        alarm.innermost = self
+        if outer is None:
+            alarm.begin(at)
+        elif at < alarm.rings_at:
+            alarm.ring_by(at)
         self._before = alarm.task.cancelling()
         self.entered = True
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> bool:
         alarm = self._alarm
-        alarm.innermost, self.outer = self.outer, None
+        alarm.innermost = outer = self.outer
+        self.outer = None
         self.entered = False
         self._passed = None  # it may be of an object that has this deadline
-        if alarm.innermost is None:
+        if outer is None:
             alarm.end()
         elif alarm.overdue and self.is_critical:
             alarm.overdue = False
@@ -175,10 +181,10 @@ class TaskDeadline:
             self._alarm.ring_by(self.at)
 
     def critical(self, seconds: float) -> TaskDeadline:
-        return TaskDeadline(self._alarm, seconds, is_critical=True)
+        return TaskDeadline(self._alarm, monotonic() + seconds, True)
 
     def inner(self, seconds: float) -> TaskDeadline:
-        return TaskDeadline(self._alarm, seconds)
+        return TaskDeadline(self._alarm, monotonic() + seconds)
 
     def passes(self, held: bool) -> bool:
         """Cancels, and does so again until the block has heard; or, while it is `held` by what is critical, has yet to: True."""

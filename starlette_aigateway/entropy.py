@@ -35,6 +35,6 @@ class Pool:
     def _refill(self) -> bytes:
         """Where two threads do it at once, the shares of one of them are given to nobody."""
         drawn = self._source(OF_AN_ID * POOL)
-        self._shares = deque(drawn[at : at + OF_AN_ID] for at in range(OF_AN_ID, len(drawn), OF_AN_ID))
+        self._shares = deque([drawn[at : at + OF_AN_ID] for at in range(OF_AN_ID, len(drawn), OF_AN_ID)])
         self._pid = THIS.pid
         return drawn[:OF_AN_ID]

@@ -15,6 +15,7 @@ Money: TypeAlias = "Decimal | str | int"
 """US dollars as hosts give them: `Decimal("0.15")`, `"0.15"` or `2`. A float is refused."""
 
 MAX_USD = Decimal(10**9)
+NANO = 10**9
 
 
 def usd(value: Money, name: str = "amount") -> Decimal:
@@ -49,6 +50,12 @@ def nano(amount: Decimal) -> int:
 def dollars(nano_usd: int) -> Decimal:
     """US dollars of nano-USD, exact, without an exponent: `Decimal('0.00015')`."""
     return Decimal(nano_usd).scaleb(-9) if nano_usd else Decimal(0)
+
+
+def plain(nano_usd: int) -> str:
+    """`text` of US dollars that are not negative, given in nano-USD."""
+    whole, fraction = divmod(nano_usd, NANO)
+    return f"{whole}.{fraction:09d}".rstrip("0") if fraction else str(whole)
 
 
 def text(amount: Decimal | None) -> str | None:

@@ -11,6 +11,7 @@ from typing import Protocol, TypeAlias
 
 import anyio
 from anyio.lowlevel import current_token
+from msgspec import Struct
 
 Schedule: TypeAlias = Callable[[Callable[[], object]], object]
 log = logging.getLogger("starlette_aigateway")
@@ -39,15 +40,12 @@ def wakeup() -> Wakeup:
         loop = asyncio.get_running_loop()
     except RuntimeError:  # not asyncio
         return EventWakeup()
-    return FutureWakeup(loop)
+    return FutureWakeup(loop, loop.create_future())
 
 
-class FutureWakeup:
-    __slots__ = ("_future", "loop")
-
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self.loop = loop
-        self._future: asyncio.Future[None] = loop.create_future()
+class FutureWakeup(Struct, eq=False):
+    loop: asyncio.AbstractEventLoop
+    _future: asyncio.Future[None]
 
     def wait(self) -> Awaitable[None]:
         return self._future
@@ -84,19 +82,17 @@ class EventWakeup:
         self._schedule(callback)
 
 
-class Latch:
+class Latch(Struct, eq=False):
     """An event that happens once, for any number of waiters of one event loop. The general kind costs four times as much."""
 
-    __slots__ = ("_waiting", "is_set")
-
-    def __init__(self) -> None:
-        self.is_set = False
-        self._waiting: list[Wakeup] | None = None
+    is_set: bool = False
+    _waiting: list[Wakeup] | None = None
 
     def set(self) -> None:
         self.is_set = True
-        waiting, self._waiting = self._waiting, None
+        waiting = self._waiting
         if waiting is not None:
+            self._waiting = None
             for one in waiting:
                 one.ring()
 

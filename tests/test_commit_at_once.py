@@ -19,6 +19,7 @@ from starlette_aigateway.stores import commit as commit_module
 from starlette_aigateway.stores import writer as writer_module
 from starlette_aigateway.stores.commit import GroupCommit
 from starlette_aigateway.stores.writer import Waiter, Writer
+from starlette_aigateway.wakeup import wakeup
 from tests.test_commit import Store, together
 
 pytestmark = pytest.mark.anyio
@@ -194,7 +195,7 @@ async def test_a_process_that_is_interrupted_in_a_batch_takes_it_back_and_can_st
     """Ctrl-C comes at any line of the main thread. What it interrupted is carried out at the end, by the thread."""
     writer = commit._writer
     assert writer is not None
-    waiters = [Waiter[int, int](1)]
+    waiters = [Waiter[int, int](1, wakeup())]
     commit._gathered[id(waiters[0].wakeup.loop)] = waiters
     store.fault = KeyboardInterrupt()
     with pytest.raises(KeyboardInterrupt):

@@ -25,7 +25,9 @@ from genai_prices.types import (
 )
 from genai_prices.types import Usage as GenaiUsage
 from hypothesis import given
+from hypothesis import strategies as st
 
+from starlette_aigateway import money
 from starlette_aigateway.errors import ConfigurationError, InvalidArgument
 from starlette_aigateway.policy.pricing import PriceBook, cost, most
 from starlette_aigateway.public_prices import PublicPrices, dearest, price_field, price_tables
@@ -366,3 +368,8 @@ def test_a_model_that_searches_by_itself_has_no_published_price_that_bounds_it(n
     """Each search is charged, and none is in the price: https://platform.openai.com/docs/pricing, "Built-in tools"."""
     assert PublicPrices()("openai", name) is None
     assert PublicPrices()("openai", "gpt-4o-mini") is not None
+
+
+@given(st.integers(0, 10**18))
+def test_an_amount_is_told_as_the_same_text_from_nano_usd_as_from_dollars(amount: int) -> None:
+    assert money.plain(amount) == money.text(money.dollars(amount))

@@ -97,7 +97,7 @@ def served_headers(exchange: Exchange, served: Served) -> list[Header]:
     headers += (
         CACHE[served.cache],
         (b"x-aigateway-provider", served.provider.encode()),
-        (b"x-aigateway-cost-usd", (money.text(served.cost_usd) or "0").encode()) if served.cost else FREE,
+        (b"x-aigateway-cost-usd", money.plain(served.cost).encode()) if served.cost else FREE,
     )
     if served.age is not None:
         headers.append((b"age", b"%d" % served.age))

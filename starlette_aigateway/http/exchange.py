@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -89,7 +90,7 @@ class Exchange(Struct, kw_only=True):
         end, and it is enough that it looks before another attempt. Raises `ClientLeft`."""
         pipeline = self.pipeline
         if pipeline.ends_with_its_caller:
-            return while_present(self.receive, lambda: pipeline.complete(self.principal, request, options, self.request_id))
+            return while_present(self.receive, partial(pipeline.complete, self.principal, request, options, self.request_id))
         return pipeline.complete(self.principal, request, options, self.request_id)
 
     def repeat(self, body: bytes) -> Repeat | None:

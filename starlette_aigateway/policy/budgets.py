@@ -169,14 +169,16 @@ class Books:
 
     def _touched(self, scopes: tuple[str, ...], periods: Periods) -> Group:
         """A group that is about to change. There are few of them: most holds are of the same scopes."""
-        group = self._groups.get((scopes, periods))
-        if group is None:
-            everywhere = [self._changeable(scope, period) for scope in scopes for period in periods]
-            pairs = [(scope, period) for scope in scopes for period in periods]
-            group = self._groups[scopes, periods] = Group(pairs, everywhere, [self.balances[scope, ""] for scope in scopes])
+        group = self._groups.get((scopes, periods)) or self._grouped(scopes, periods)
         if not group.changed:
             group.changed = True
             self._changed.append(group)
+        return group
+
+    def _grouped(self, scopes: tuple[str, ...], periods: Periods) -> Group:
+        everywhere = [self._changeable(scope, period) for scope in scopes for period in periods]
+        pairs = [(scope, period) for scope in scopes for period in periods]
+        group = self._groups[scopes, periods] = Group(pairs, everywhere, [self.balances[scope, ""] for scope in scopes])
         return group
 
     def _changeable(self, scope: str, period: str) -> Balance:

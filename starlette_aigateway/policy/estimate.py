@@ -90,8 +90,11 @@ class Encoded(NamedTuple):
         """The same of the text, as it is or in a normal form."""
         if self.messages.isascii() and self.params.isascii():
             return self.size
+        return max(self.size, self._normalized())
+
+    def _normalized(self) -> int:
         text = (b"[%b,%b]" % self).decode()
-        return max(self.size, *(len(normalize(form, text).encode()) for form in NORMAL_FORMS))
+        return max(len(normalize(form, text).encode()) for form in NORMAL_FORMS)
 
 
 def encoded(request: CompletionRequest) -> Encoded:
@@ -205,4 +208,5 @@ def tokens_for_window(
     """
     text = (sent or encoded(request)).size - image_bytes
     output = (output_bound or 0) * (request.n or 1)
-    return max(1, -(-text // BYTES_PER_TOKEN) + images * USUAL_IMAGE + output)
+    tokens = -(-text // BYTES_PER_TOKEN) + images * USUAL_IMAGE + output
+    return tokens if tokens > 0 else 1

@@ -55,9 +55,10 @@ def most(input_tokens: int, output_tokens: int, price: Price | None) -> int:
     if len(tiers) == 1:
         rates = tiers[0]
         return up(input_tokens * rates.dearest_input + output_tokens * rates.dearest_output) + request
-    return request + max(
-        up(longest * rates.dearest_input + output_tokens * rates.dearest_output) for longest, rates in reached(tiers, input_tokens)
-    )
+    dearest = 0
+    for longest, rates in reached(tiers, input_tokens):
+        dearest = max(dearest, up(longest * rates.dearest_input + output_tokens * rates.dearest_output))
+    return request + dearest
 
 
 def bills_reasoning(price: Price | None) -> bool:

@@ -82,7 +82,8 @@ class Refusal(Struct, frozen=True):
 
 def moving_wait(at: int, now: int, span: int) -> int:
     """Until what came in at `at` has left its window, which is half-open: [at, at + span)."""
-    return max(0, at + span - now)
+    left = at + span - now
+    return left if left > 0 else 0
 
 
 class Sliding(Struct, frozen=True, gc=False):
@@ -107,7 +108,8 @@ class Sliding(Struct, frozen=True, gc=False):
         """Microseconds until at most `room` (not negative) counts as used, if nothing more comes in."""
         elapsed = now % span
         if self.current <= room:
-            return max(0, _elapsed_until(self.previous, room - self.current, span) - elapsed)
+            left = _elapsed_until(self.previous, room - self.current, span) - elapsed
+            return left if left > 0 else 0
         return span - elapsed + _elapsed_until(self.current, room, span)
 
     def hit(self, amount: int) -> Sliding:
@@ -117,7 +119,8 @@ class Sliding(Struct, frozen=True, gc=False):
         """More is charged to the current bucket; less is taken out of the `bucket` that it was charged to, never below zero, and
         out of none if that one does not count any more."""
         if delta >= 0 or bucket >= self.bucket:
-            return Sliding(max(0, self.current + delta), self.previous, self.bucket)
+            current = self.current + delta
+            return Sliding(current if current > 0 else 0, self.previous, self.bucket)
         if bucket == self.bucket - 1:
             return Sliding(self.current, max(0, self.previous + delta), self.bucket)
         return self

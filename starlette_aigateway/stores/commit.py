@@ -15,6 +15,7 @@ the next batch.
 from __future__ import annotations
 
 import threading
+from functools import partial
 from typing import Generic
 
 from ..process import THIS
@@ -49,7 +50,7 @@ class GroupCommit(Generic[Op, Result]):
         self._came = 0
 
     async def run(self, op: Op) -> Result:
-        waiter: Waiter[Op, Result] = Waiter(op)
+        waiter: Waiter[Op, Result] = Waiter(op, wakeup())
         self._gather(waiter)
         await waiter.wakeup.wait()
         outcome = waiter.outcome
@@ -82,7 +83,7 @@ class GroupCommit(Generic[Op, Result]):
 
     def tell(self, op: Op, failed: Failed) -> None:
         """Applies `op` after what this event loop has asked for before it and before what it asks for later, and waits for nothing."""
-        self._gather(Waiter(op, failed))
+        self._gather(Waiter(op, wakeup(), failed))
 
     def close(self) -> None:
         """Commits what is waiting and ends the thread. A later `run` starts a new one."""
@@ -108,12 +109,15 @@ class GroupCommit(Generic[Op, Result]):
             if gathered is not None:
                 gathered.append(waiter)
         if gathered is None:
-            self._submit_stranded()
-            self._gathered[loop] = [waiter]
-            passes = PASSES if self._busy else 0
-            waiter.wakeup.soon(lambda: self._pass_by(loop, passes))
+            self._begin_with(waiter, loop)
         elif len(gathered) == Writer.ENOUGH:
-            waiter.wakeup.soon(lambda: self._end_pass(loop))
+            waiter.wakeup.soon(partial(self._end_pass, loop))
+
+    def _begin_with(self, waiter: Waiter[Op, Result], loop: int) -> None:
+        """The first one of a batch."""
+        self._submit_stranded()
+        self._gathered[loop] = [waiter]
+        waiter.wakeup.soon(partial(self._pass_by, loop, PASSES if self._busy else 0))
 
     def _end_pass(self, loop: int) -> None:
         """In the loop. What it carries out is taken from where a `close` in another thread would find it."""
@@ -125,7 +129,7 @@ class GroupCommit(Generic[Op, Result]):
             self._put(waiters)
             return
         try:
-            became = writer.at_once(waiters, Again(waiters[0].wakeup, lambda: self._pass_by(loop, PASSES), lambda: self._submit(loop)))
+            became = writer.at_once(waiters, Again(waiters[0].wakeup, partial(self._pass_by, loop, PASSES), partial(self._submit, loop)))
         except BaseException:  # the process is interrupted
             self._gathered[loop] = waiters
             raise
@@ -139,7 +143,7 @@ class GroupCommit(Generic[Op, Result]):
         waiters = self._gathered.get(loop)
         if waiters and passes and len(waiters) < Writer.ENOUGH:
             try:
-                waiters[0].wakeup.soon(lambda: self._pass_by(loop, passes - 1))
+                waiters[0].wakeup.soon(partial(self._pass_by, loop, passes - 1))
             except RuntimeError:  # the loop is about to end
                 self._submit(loop)
         else:

@@ -10,7 +10,9 @@ from enum import Enum, auto
 from queue import Empty, SimpleQueue
 from typing import ClassVar, Generic, NamedTuple
 
-from ..wakeup import Wakeup, ring_all, wakeup
+from msgspec import Struct
+
+from ..wakeup import Wakeup, ring_all
 from .turns import Op, Result, Store
 
 Failed = Callable[[BaseException], None]
@@ -32,17 +34,14 @@ NOTE_AT_LAST = 1.0
 log = logging.getLogger("starlette_aigateway")
 
 
-class Waiter(Generic[Op, Result]):
+class Waiter(Struct, Generic[Op, Result], eq=False):
     """One operation under way. Its outcome is read by the event loop after it is woken; or nobody waits for it, and `failed` is called
     where it was not carried out."""
 
-    __slots__ = ("failed", "op", "outcome", "wakeup")
-
-    def __init__(self, op: Op, failed: Failed | None = None) -> None:
-        self.op = op
-        self.failed = failed
-        self.wakeup = wakeup()
-        self.outcome: Result | BaseException | None = None
+    op: Op
+    wakeup: Wakeup
+    failed: Failed | None = None
+    outcome: Result | BaseException | None = None
 
 
 class Again(NamedTuple):

@@ -216,5 +216,8 @@ NO_REASONING: tuple[Any, ...] = (
 
 def asks_for_reasoning(request: CompletionRequest) -> bool:
     """Whether `request` asks for output that is billed and need not be sent."""
-    params = request.params
-    return bool(params) and any(name in params and params[name] not in NO_REASONING for name in REASONING)
+    return bool(request.params) and _asks_for_reasoning(request.params)
+
+
+def _asks_for_reasoning(params: Mapping[str, Any]) -> bool:
+    return any(name in params and params[name] not in NO_REASONING for name in REASONING)

@@ -5,7 +5,7 @@ https://platform.openai.com/docs/api-reference/chat/create
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import Any
 
 import msgspec
@@ -55,11 +55,9 @@ def encode_request(request: CompletionRequest, *, stream: bool, max_tokens_field
 
     `request` must have passed `validate`, and its prompt must be rendered.
     """
-    left_out = DECIDED if request.max_tokens is None else DECIDED_WITH_BOUND
-    travelling = request.params
-    if not left_out.isdisjoint(travelling):
-        travelling = {name: value for name, value in travelling.items() if name not in left_out}
-    body: dict[str, Any] = {"model": request.model, "messages": request.messages, **travelling}
+    body: dict[str, Any] = {"model": request.model, "messages": request.messages}
+    if request.params:
+        body |= _without(DECIDED if request.max_tokens is None else DECIDED_WITH_BOUND, request.params)
     if request.temperature is not None:
         body["temperature"] = request.temperature
     if request.n is not None:
@@ -70,6 +68,10 @@ def encode_request(request: CompletionRequest, *, stream: bool, max_tokens_field
         body["stream"] = True
         body["stream_options"] = {"include_usage": True}
     return _encoder.encode(body)
+
+
+def _without(left_out: Set[str], params: Mapping[str, Any]) -> Mapping[str, Any]:
+    return params if left_out.isdisjoint(params) else {name: value for name, value in params.items() if name not in left_out}
 
 
 def _bound(max_tokens: Any, max_completion_tokens: Any) -> Any:

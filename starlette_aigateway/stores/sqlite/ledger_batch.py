@@ -203,7 +203,7 @@ class Batch:
         if request.replaces is not None:
             self._release(request.replaces, op.now, None)
         today = day_number(op.now)
-        self._day = day = max(self._day, today)
+        self._day = day = today if today > self._day else self._day
         if self._today is None or self._today[0] != day:
             self._today = day, periods_of(day)
         periods = self._today[1]

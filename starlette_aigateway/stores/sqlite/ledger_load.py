@@ -81,7 +81,8 @@ class Touched:
         self.holds = self.reserving + self.missing
 
     def _now(self, now: float) -> None:
-        self.now = max(self.now, now)
+        if now > self.now:
+            self.now = now
 
     def _reserve(self, op: Reserve, periods: Periods) -> None:
         request, memory = op.request, self._memory

@@ -82,12 +82,14 @@ class Memory:
     def terms_of(self, claims: tuple[ScopeClaim, ...]) -> Terms:
         """Of claims whose scopes are known. The same tuple, which stands for a principal's limits, has the same terms."""
         terms = self._terms.get(id(claims))
-        if terms is None or terms.claims is not claims:
-            running = [credit for claim in claims for credit in self.credits.get(claim.scope, ())]
-            terms = Terms(claims, self.books, running)
-            if len(self._terms) >= MOST_TERMS:
-                self._terms.clear()
-            self._terms[id(claims)] = terms
+        return terms if terms is not None and terms.claims is claims else self._new_terms(claims)
+
+    def _new_terms(self, claims: tuple[ScopeClaim, ...]) -> Terms:
+        running = [credit for claim in claims for credit in self.credits.get(claim.scope, ())]
+        terms = Terms(claims, self.books, running)
+        if len(self._terms) >= MOST_TERMS:
+            self._terms.clear()
+        self._terms[id(claims)] = terms
         return terms
 
     def set_caps(self, scope: str, caps: Caps) -> None:

@@ -36,7 +36,10 @@ class SQLitePriceStore:
         await self._database.write(change)
 
     async def all(self) -> PriceTable:
-        return self._remembered.get(None, lambda: self._database.read(_select))
+        return self._remembered.get(None, self._read)
+
+    def _read(self) -> PriceTable:
+        return self._database.read(_select)
 
 
 def _select(connection: sqlite3.Connection) -> PriceTable:

@@ -44,15 +44,19 @@ def acquisition(claims: Sequence[WindowClaim], *, taking: bool = True) -> Acquir
 
 
 def adjustment(deltas: Sequence[tuple[WindowClaim, int]], charged_at: float | None) -> Adjust:
-    windows = [_claimed(claim.scope, claim.kind, claim.seconds) for claim, _ in deltas]
-    if any(window.form != "sliding" for window in windows):
-        raise InvalidArgument("only windows of tokens can be corrected", param="deltas")
-    if any(type(delta) is not int for _, delta in deltas):
-        raise InvalidArgument("a correction has to be a whole number", param="deltas")
     if charged_at is not None and not (type(charged_at) in (int, float) and -LATEST <= charged_at <= LATEST):  # nor is it NaN
         raise InvalidArgument(f"a time has to be within {LATEST} seconds of 1970", param="charged_at")
-    amounts = [max(-MAX_WINDOW, min(delta, MAX_WINDOW)) for _, delta in deltas]
-    return Adjust(windows, amounts, None if charged_at is None else microseconds(charged_at))
+    corrections = []
+    for claim, delta in deltas:
+        window = _claimed(claim.scope, claim.kind, claim.seconds)
+        if window.form != "sliding":
+            raise InvalidArgument("only windows of tokens can be corrected", param="deltas")
+        if type(delta) is not int:
+            raise InvalidArgument("a correction has to be a whole number", param="deltas")
+        if not -MAX_WINDOW <= delta <= MAX_WINDOW:
+            delta = MAX_WINDOW if delta > 0 else -MAX_WINDOW
+        corrections.append((window, delta))
+    return Adjust(corrections, None if charged_at is None else microseconds(charged_at))
 
 
 @lru_cache(maxsize=4096, typed=True)

@@ -74,13 +74,12 @@ def _usage(book: Book, demand: Demand) -> Usage:
 class Adjust(Struct, frozen=True, gc=False):
     """`charged_at` in microseconds; None is now."""
 
-    windows: Sequence[Window]
-    deltas: Sequence[int]
+    corrections: Sequence[tuple[Window, int]]
     charged_at: int | None
 
     def apply(self, book: Book) -> Figures:
         charged_at = book.now if self.charged_at is None else self.charged_at
-        for window, delta in zip(self.windows, self.deltas, strict=True):
+        for window, delta in self.corrections:
             book.correct(window, delta, charged_at)
         return ()
 
