@@ -34,8 +34,8 @@ from .policy import keys, metering
 from .policy.routing import Circuit, Failure, GiveUp, RetryPolicy, Target, ails, next_step
 from .pouring import pour
 from .protocols import Clock, Ledger
-from .streams import Relay
-from .types import Chunk, Completion, RawEvents, StreamItem, Timeouts
+from .streams import Relay, believed
+from .types import Chunk, Completion, StreamItem, Timeouts
 from .wires import openai_chat
 
 MAX_CIRCUITS = 1024
@@ -89,7 +89,7 @@ class Attempts:
             pulse = Pulse(self._ledger, self._clock, attempt, self._timeouts)
 
             def take(given: StreamItem) -> bool:
-                item = given if isinstance(given, RawEvents) or given.usage is None else _believed(given)
+                item = believed(given)
                 return relay.pass_on(item, meter.see(item)) and monotonic() < pulse.due_at
 
             with attempt:
@@ -165,7 +165,7 @@ class Attempts:
     async def _caller_left(self, call: Call, job: Job[Done]) -> bool:
         """Nobody is charged for another attempt that nobody waits for."""
         present = call.options.present
-        if present is not None and not (call.stream or job.abandoned) and not await present():
+        if present is not None and not job.abandoned and not await present():
             job.abandon()
         return job.abandoned
 
@@ -300,11 +300,6 @@ def _output_bytes(completion: Completion) -> int:
     if completion.native is not None:
         return len(completion.native.body)
     return openai_chat.output_bytes([Chunk(delta=completion.message)])
-
-
-def _believed(chunk: Chunk) -> Chunk:
-    """Usage that cannot be true is none, for whoever reads the stream as for the bill."""
-    return chunk if metering.plausible(chunk.usage) is not None else replace(chunk, usage=None)
 
 
 def _exhausted(error: ProviderError) -> ProviderError:

@@ -10,6 +10,7 @@ from typing import Any, Self, Unpack
 
 import anyio
 import anyio.to_thread
+from msgspec.structs import replace
 from starlette.requests import HTTPConnection
 from starlette.types import Receive, Scope, Send
 
@@ -186,10 +187,11 @@ class AIGateway(Administration):
         in when the response is served, before its headers go out."""
         checked, chosen, request_id = check_request(request), call_options(options), self.mint_request_id()
         return EventStreamResponse(
-            lambda: self._stream(who, checked, chosen, request_id),
+            lambda present: self._stream(who, checked, replace(chosen, present=present), request_id),
             writer_of(check_dialect(format), checked.model, include_usage),
             id_headers(request_id),
             patience=self._composition.pipeline.send_seconds,
+            ends_with_its_caller=self._composition.pipeline.ends_with_its_caller,
         )
 
     async def event_stream(

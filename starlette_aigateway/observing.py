@@ -92,6 +92,7 @@ class ToldPipeline:
         self._observers = observers
         self.quotes = pipeline.quotes
         self.send_seconds = pipeline.send_seconds
+        self.ends_with_its_caller = pipeline.ends_with_its_caller
 
     async def complete(self, principal: Principal, request: CompletionRequest, options: CallOptions, request_id: str) -> Served:
         try:

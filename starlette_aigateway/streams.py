@@ -13,6 +13,8 @@ from decimal import Decimal
 from types import TracebackType
 from typing import Self
 
+from msgspec.structs import replace
+
 from . import money
 from .background import Job
 from .calls import Call, Done
@@ -26,6 +28,13 @@ from .wakeup import Latch
 from .wires import openai_chat
 
 BUFFERED_ITEMS = 16
+
+
+def believed(item: StreamItem) -> StreamItem:
+    """Usage that cannot be true is none, for whoever reads the stream as for the bill."""
+    if isinstance(item, RawEvents) or item.usage is None or metering.plausible(item.usage) is not None:
+        return item
+    return replace(item, usage=None)
 
 
 class Meter:
@@ -49,7 +58,7 @@ class Meter:
         self._unkept = 0
 
     def see(self, item: StreamItem) -> int:
-        """Takes note of `item`; gives its size in bytes."""
+        """Takes note of `item`, whose usage can be true if it has one; gives its size in bytes."""
         if isinstance(item, RawEvents):
             size = len(item.data)
             if not self.has_output:
@@ -79,11 +88,8 @@ class Meter:
             self.has_output = True
             self.covering = self.final = False
 
-    def _hear(self, reported: Usage) -> None:
+    def _hear(self, usage: Usage) -> None:
         """A report of less output than was told before says nothing of what came in between."""
-        usage = metering.plausible(reported)
-        if usage is None:
-            return
         ended = self.finish_reason is not None
         if self.usage is None or usage.output_tokens >= self.usage.output_tokens:
             self.covering = ended or self.has_output
@@ -93,7 +99,8 @@ class Meter:
     @property
     def bill(self) -> Usage | None:
         """The usage that a whole answer is billed at; None where it has to be estimated."""
-        return metering.plausible(self.usage, self.has_output) if self.covering else None
+        usage = self.usage if self.covering else None
+        return None if usage is None or (self.has_output and not usage.output_tokens) else usage
 
     def output_bytes(self) -> int:
         """UTF-8 bytes of the output that came; at least as many as its tokens."""
@@ -294,7 +301,7 @@ class StoredStream(AnswerStream):
     async def next_items(self) -> Sequence[StreamItem]:
         items, self._items = self._items, ()
         for item in items:
-            self._meter.see(item)
+            self._meter.see(believed(item))
         if not items:
             meter = self._meter
             self.usage, self.finish_reason, self.model = meter.usage, meter.finish_reason, meter.model

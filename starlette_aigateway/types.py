@@ -367,7 +367,7 @@ CacheStatus = Literal["hit", "miss", "bypass"]
 class CallOptions(Struct, frozen=True, kw_only=True, gc=False):
     """What comes with a call besides the request. `timeout` is seconds for the whole call; `tags` end up in the usage record. An
     `idempotency_key` counts within its `route`: the path over HTTP. `present` tells whether the caller still waits; it is asked before
-    another attempt of a call whose answer is whole, where leaving is not noticed otherwise."""
+    another attempt, where leaving may not have been noticed otherwise."""
 
     cache: CacheControl = CacheControl()
     idempotency_key: str | None = None

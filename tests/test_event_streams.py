@@ -8,7 +8,7 @@ import pytest
 from starlette.types import Message
 
 from starlette_aigateway.errors import ProviderError
-from starlette_aigateway.http.sse import Dialect, EventStreamResponse, id_headers, writer_of
+from starlette_aigateway.http.sse import Dialect, EventStreamResponse, Present, id_headers, writer_of
 from starlette_aigateway.streams import AnswerStream
 from starlette_aigateway.types import Chunk, RawEvents, StreamItem
 
@@ -37,7 +37,7 @@ class Given(AnswerStream):
 
 async def served(stream: Given, wire: Dialect) -> tuple[EventStreamResponse, list[Message]]:
     @asynccontextmanager
-    async def opened() -> AsyncIterator[AnswerStream]:
+    async def opened(present: Present) -> AsyncIterator[AnswerStream]:
         yield stream
 
     async def receive() -> Message:

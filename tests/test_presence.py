@@ -4,6 +4,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import nullcontext
 
 import anyio
 import pytest
@@ -11,7 +12,7 @@ from starlette.types import Message, Receive
 
 from starlette_aigateway.http.bodies import ClientLeft
 from starlette_aigateway.http.pace import Pace
-from starlette_aigateway.http.presence import A_MOMENT, present, while_present, while_taken
+from starlette_aigateway.http.presence import A_MOMENT, Taker, present, while_present, while_taken
 
 pytestmark = pytest.mark.anyio
 Watched = Callable[[Receive, Callable[[], Awaitable[str]]], Awaitable[str]]
@@ -52,7 +53,7 @@ def patient() -> Pace:
 
 
 async def while_taken_anyhow(receive: Receive, work: Callable[[], Awaitable[str]]) -> str:
-    return await while_taken(receive, lambda safe: work(), patient())
+    return await while_taken(receive, lambda taker: work(), patient())
 
 
 @pytest.fixture(params=[while_present, while_taken_anyhow], ids=["whole", "stream"])
@@ -114,9 +115,9 @@ async def test_work_that_is_shielded_is_ended_first() -> None:
 async def test_what_a_stream_does_once_it_is_safe_is_not_cut_off() -> None:
     client = Client()
 
-    async def settle(safe: Callable[[], None]) -> str:
+    async def settle(taker: Taker) -> str:
         await client.asked.wait()
-        safe()
+        taker.end()
         client.left.set()
         await anyio.wait_all_tasks_blocked()
         return "settled"
@@ -130,7 +131,7 @@ async def test_what_a_stream_ends_with_when_its_client_leaves_is_not_cut_off() -
     client = Client()
     steps: list[str] = []
 
-    async def leave(safe: Callable[[], None]) -> str:
+    async def leave(taker: Taker) -> str:
         await client.asked.wait()
         try:
             client.left.set()
@@ -151,7 +152,7 @@ async def test_what_a_stream_ends_with_when_its_client_leaves_is_not_cut_off() -
 async def test_a_task_that_is_cancelled_while_its_client_leaves_is_cancelled() -> None:
     client = Client()
 
-    async def both(safe: Callable[[], None]) -> str:
+    async def both(taker: Taker) -> str:
         await client.asked.wait()
         try:
             client.left.set()
@@ -186,6 +187,44 @@ async def test_a_server_that_cannot_tell_is_no_reason_to_go_on(watched: Watched)
     assert "no such thing here" in str(told.exceptions[0] if isinstance(told, ExceptionGroup) else told)
 
 
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_nobody_listens_for_the_client_of_a_stream_that_is_over_at_once() -> None:
+    client = Client()
+
+    async def answer(taker: Taker) -> str:
+        await anyio.wait_all_tasks_blocked()
+        return "an answer"
+
+    with anyio.fail_after(5):
+        assert await while_taken(client.receive, answer, patient()) == "an answer"
+        await anyio.wait_all_tasks_blocked()
+    assert not client.asked.is_set()
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+@pytest.mark.parametrize("leaves", [False, True])
+async def test_whoever_asks_for_the_client_of_a_stream_hears_at_once_that_it_has_left(leaves: bool) -> None:
+    """From a task of its own, as the job of a stream does."""
+    client = Client()
+    asked: list[asyncio.Task[bool]] = []
+    if leaves:
+        client.left.set()
+
+    async def twice(taker: Taker) -> bool:
+        assert await taker.present() is await taker.present()
+        return await taker.present()
+
+    async def ask(taker: Taker) -> str:
+        asked.append(asyncio.create_task(twice(taker)))
+        await asyncio.wait(asked)
+        return "an answer"
+
+    with anyio.fail_after(5):
+        with pytest.raises(ClientLeft) if leaves else nullcontext():
+            await while_taken(client.receive, ask, patient())
+        assert await asked[0] is not leaves
+
+
 async def test_a_client_that_takes_nothing_is_let_go(caplog: pytest.LogCaptureFixture) -> None:
     client, pace = Client(), Pace(0.05)
 
@@ -194,7 +233,7 @@ async def test_a_client_that_takes_nothing_is_let_go(caplog: pytest.LogCaptureFi
         return await forever()
 
     with anyio.fail_after(5), pytest.raises(ClientLeft), caplog.at_level(logging.INFO, "starlette_aigateway"):
-        await while_taken(client.receive, lambda safe: work(), pace)
+        await while_taken(client.receive, lambda taker: work(), pace)
     assert "took nothing of its stream for 0.05 seconds" in caplog.text
 
 
@@ -209,7 +248,7 @@ async def test_a_client_that_takes_what_it_is_sent_may_wait_for_more_as_long_as_
         return "an answer"
 
     with anyio.fail_after(5):
-        assert await while_taken(client.receive, lambda safe: work(), pace) == "an answer"
+        assert await while_taken(client.receive, lambda taker: work(), pace) == "an answer"
 
 
 @pytest.mark.parametrize("moments", [1.3, 5])

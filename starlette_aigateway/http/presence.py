@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from time import monotonic
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import anyio
 from starlette.types import Receive
@@ -18,6 +18,18 @@ T = TypeVar("T")
 A_MOMENT = 0.002
 """Seconds; a few passes of the event loop, since some servers let one go by before they tell what they know."""
 MOMENTS = 5
+LISTEN_AFTER = 0.1
+"""Seconds: most of what is over by then has no client that left, and a task that listens costs as much as passing on several chunks."""
+
+
+class Taker(Protocol):
+    """The client of a stream, as what makes the stream knows it."""
+
+    async def present(self) -> bool:
+        """Whether it still waits, as far as the server knows at this moment."""
+
+    def end(self) -> None:
+        """What follows is not to be cut off, should it leave."""
 
 
 async def while_present(receive: Receive, work: Callable[[], Awaitable[T]]) -> T:
@@ -28,6 +40,7 @@ async def while_present(receive: Receive, work: Callable[[], Awaitable[T]]) -> T
         return await _with_a_group(receive, work, None)
     with anyio.CancelScope() as scope:
         watch = _Watch(loop, receive, scope.cancel)
+        watch.listen()
         try:
             return await work()
         finally:
@@ -36,20 +49,23 @@ async def while_present(receive: Receive, work: Callable[[], Awaitable[T]]) -> T
     raise ClientLeft
 
 
-async def while_taken(receive: Receive, work: Callable[[Callable[[], None]], Awaitable[T]], pace: Pace) -> T:
-    """As `while_present`, for a stream: it is also cancelled when the client takes nothing for too long by its `pace`. What `work` gets it
-    calls before what is not to be cut off; where asyncio runs, no scope of anyio's within shields from this, which costs a tenth."""
+async def while_taken(receive: Receive, work: Callable[[Taker], Awaitable[T]], pace: Pace, *, at_once: bool = False) -> T:
+    """As `while_present`, for a stream: it is also cancelled when the client takes nothing for too long by its `pace`. A client that leaves
+    may be noticed `LISTEN_AFTER` seconds after the beginning only, unless `at_once`. `work` calls `end` before what is not to be cut off;
+    where asyncio runs, no scope of anyio's within shields from this, which costs a tenth."""
     try:
         loop = asyncio.get_running_loop()
     except RuntimeError:  # not asyncio
-        return await _with_a_group(receive, lambda: work(_nothing), pace)
+        return await _with_a_group(receive, lambda: work(_Heard()), pace)
     task = asyncio.current_task()
     assert task is not None, "a request has a task"
     before = task.cancelling()
     watch = _Watch(loop, receive, task.cancel)
-    watch.look_at(pace)
+    if at_once:
+        watch.listen()
+    watch.begin_later(pace)
     try:
-        return await work(watch.end)
+        return await work(watch)
     except asyncio.CancelledError:
         if not watch.saw_it_leave or task.cancelling() - 1 > before:
             raise
@@ -61,8 +77,14 @@ async def while_taken(receive: Receive, work: Callable[[Callable[[], None]], Awa
             task.uncancel()
 
 
-def _nothing() -> None:
-    pass
+class _Heard:
+    """A taker whom somebody listens to: whoever works for it is cancelled when it leaves."""
+
+    async def present(self) -> bool:
+        return True
+
+    def end(self) -> None:
+        pass
 
 
 class _Watch:
@@ -74,8 +96,28 @@ class _Watch:
         self._leave = leave
         self._over = False
         self.saw_it_leave = False
-        self._task = loop.create_task(self._listen())
+        self._task: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
+
+    def listen(self) -> None:
+        self._task = self._loop.create_task(self._listen())
+
+    def begin_later(self, pace: Pace) -> None:
+        """Listens in a while, if it does not yet, and looks from then on whether the client takes what it is sent."""
+        self._timer = self._loop.call_later(LISTEN_AFTER, self._begin, pace)
+
+    def _begin(self, pace: Pace) -> None:
+        if self._task is None:
+            self.listen()
+        self._look(pace)
+
+    async def present(self) -> bool:
+        """Listens from now on, and for two moments before it answers."""
+        if self._task is None and not self._over:
+            self.listen()
+            await asyncio.sleep(A_MOMENT)
+            await asyncio.sleep(A_MOMENT)
+        return not self.saw_it_leave
 
     async def _listen(self) -> None:
         try:
@@ -89,10 +131,6 @@ class _Watch:
             self._over = self.saw_it_leave = True
             self._leave()
 
-    def look_at(self, pace: Pace) -> None:
-        """At whether it takes what it is sent, for as long as this watches."""
-        self._timer = self._loop.call_later(pace.left(), self._look, pace)
-
     def _look(self, pace: Pace) -> None:
         left = pace.left()
         if left > 0:
@@ -102,13 +140,14 @@ class _Watch:
 
     def end(self) -> None:
         self._over = True
-        self._task.cancel()
+        if self._task is not None:
+            self._task.cancel()
         if self._timer is not None:
             self._timer.cancel()
 
     def check(self) -> None:
         """Raises what kept it from listening."""
-        if self._task.done() and not self._task.cancelled():
+        if self._task is not None and self._task.done() and not self._task.cancelled():
             self._task.result()
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager
 from decimal import Decimal
 from time import monotonic
 from typing import Literal, Protocol, TypeAlias
 
 import msgspec
+from msgspec.structs import replace
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
@@ -22,11 +23,14 @@ from . import shapes
 from .bodies import ClientLeft
 from .errors import error_object, error_response, window_headers
 from .pace import Pace
-from .presence import while_taken
+from .presence import Taker, while_taken
 from .replies import Header, as_text
 
 Dialect = Literal["openai", "native"]
-OpenStream: TypeAlias = Callable[[], AbstractAsyncContextManager[AnswerStream]]
+Present: TypeAlias = Callable[[], Awaitable[bool]]
+OpenStream: TypeAlias = Callable[[Present], AbstractAsyncContextManager[AnswerStream]]
+"""Is given what tells whether the client is still there."""
+
 HEADERS: Sequence[Header] = (
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
@@ -97,9 +101,16 @@ class EventStreamResponse(Response):
     """
 
     def __init__(
-        self, open_stream: OpenStream, writer: Callable[[AnswerStream], Writer], id_headers: Iterable[Header], *, patience: float
+        self,
+        open_stream: OpenStream,
+        writer: Callable[[AnswerStream], Writer],
+        id_headers: Iterable[Header],
+        *,
+        patience: float,
+        ends_with_its_caller: bool = False,
     ) -> None:
-        """`patience` is how many seconds the client may take nothing."""
+        """`patience` is how many seconds the client may take nothing. A stream that `ends_with_its_caller` is given up as soon as that one
+        leaves."""
         self.status_code = 200
         self.background = None
         self.raw_headers = [*HEADERS, *id_headers]
@@ -107,6 +118,7 @@ class EventStreamResponse(Response):
         self._open_stream = open_stream
         self._writer = writer
         self._patience = patience
+        self._ends_with_its_caller = ends_with_its_caller
 
     @property
     def usage(self) -> Usage | None:
@@ -125,7 +137,7 @@ class EventStreamResponse(Response):
         of the stream, which settles it. What is left unended the server closes."""
         pace = Pace(self._patience)
         try:
-            refusal = await while_taken(receive, lambda safe: self._serve(send, pace, safe), pace)
+            refusal = await while_taken(receive, lambda taker: self._serve(send, pace, taker), pace, at_once=self._ends_with_its_caller)
         except ClientLeft:
             refusal = None
         if refusal is not None:
@@ -133,17 +145,17 @@ class EventStreamResponse(Response):
         if self.background is not None:
             await self.background()
 
-    async def _serve(self, send: Send, pace: Pace, safe: Callable[[], None]) -> Response | None:
-        """What is answered instead, where the call is refused before the stream has begun. Leaving the block is `safe`: it settles."""
+    async def _serve(self, send: Send, pace: Pace, taker: Taker) -> Response | None:
+        """What is answered instead, where the call is refused before the stream has begun. Leaving the block settles: it is not cut off."""
         begun = False
         try:
-            async with self._open_stream() as stream:
+            async with self._open_stream(taker.present) as stream:
                 begun = True
                 self.stream = stream
                 try:
                     await self._write(stream, send, pace)
                 finally:
-                    safe()
+                    taker.end()
         except AIGatewayError as error:
             if begun:
                 raise
@@ -289,8 +301,9 @@ def stream_response(
     id_headers: Iterable[Header],
 ) -> EventStreamResponse:
     return EventStreamResponse(
-        lambda: pipeline.stream(principal, request, options, request_id),
+        lambda present: pipeline.stream(principal, request, replace(options, present=present), request_id),
         writer_of(wire, request.model, include_usage),
         id_headers,
         patience=pipeline.send_seconds,
+        ends_with_its_caller=pipeline.ends_with_its_caller,
     )
