@@ -81,6 +81,7 @@ async def test_where_several_come_at_a_time_the_next_batch_waits_some_passes_for
     store: Store, commit: GroupCommit[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(commit_module, "PASSES", 10**9)
+    monkeypatch.setattr(commit_module, "FEWEST", 10**9)
     for alone in (1, 2):
         await commit.run(alone)
     await together(commit, [3, 4])
@@ -91,6 +92,17 @@ async def test_where_several_come_at_a_time_the_next_batch_waits_some_passes_for
             await anyio.lowlevel.checkpoint()
     assert [sorted(batch) for batch in store.batches] == [[1], [2], [3, 4], [*many]]
     assert store.threads == [HERE()] * 4
+
+
+async def test_a_batch_waits_for_few_passes_only_where_they_are_long(
+    store: Store, commit: GroupCommit[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(commit_module, "PASSES", 10**9)
+    monkeypatch.setattr(commit_module, "LONGEST", 0.0)
+    await together(commit, [1, 2])
+    with anyio.fail_after(5):
+        assert await commit.run(3) == 6
+    assert store.batches[-1] == [3]
 
 
 @pytest.mark.parametrize("how", ["by the lock file", "in the database"])
@@ -242,6 +254,7 @@ async def test_what_waits_for_more_passes_is_carried_out_at_the_end_also_where_i
     store: Store, commit: GroupCommit[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(commit_module, "PASSES", 10**9)
+    monkeypatch.setattr(commit_module, "FEWEST", 10**9)
     await together(commit, [1, 2])
     async with anyio.create_task_group() as group:
         group.start_soon(commit.run, 3)
@@ -317,6 +330,7 @@ def test_loops_of_several_threads_share_one_connection(store: Store) -> None:
 
 def test_what_a_loop_gathered_that_was_closed_is_carried_out_by_the_next_one(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(commit_module, "PASSES", 10**9)
+    monkeypatch.setattr(commit_module, "FEWEST", 10**9)
     monkeypatch.setattr(commit_module, "CALM", 1)
     commit = store.commit(quick=True)
 
@@ -351,7 +365,7 @@ async def test_what_waits_for_more_passes_of_a_loop_that_is_about_to_end_is_the_
     waiter = next(iter(commit._gathered.values()))[0]
     with monkeypatch.context() as patched:
         patched.setattr(type(waiter.wakeup), "soon", refused)
-        commit._pass_by(id(waiter.wakeup.loop), 1)
+        commit._wait_for_more(id(waiter.wakeup.loop))
     commit.close()
     assert store.stored() == [0, 1, 2, 3]
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import threading
 from functools import partial
+from time import monotonic
 from typing import Generic
 
 from ..process import THIS
@@ -23,9 +24,12 @@ from ..wakeup import wakeup
 from .turns import Op, Result, Store
 from .writer import Again, AtOnce, Failed, Waiter, Writer
 
-PASSES = 3
-"""Passes of its event loop that a batch of less than `Writer.ENOUGH` operations waits for more: after that, and where the loop is busy:
-several came at a time not long ago."""
+PASSES = 16
+"""Passes of its event loop that a batch of less than `Writer.ENOUGH` operations waits for more: after another one, and where the loop is
+busy: several came at a time not long ago. Calls that come together stay together by that, and share their next batches, too."""
+LONGEST = 0.005
+"""Seconds of waiting after which `FEWEST` passes are enough: passes of a host's loop may be long."""
+FEWEST = 3
 CALM = 16
 """Single operations, one after the other, after which an event loop is taken to be busy no more."""
 RECOUNT = 64
@@ -117,7 +121,7 @@ class GroupCommit(Generic[Op, Result]):
         """The first one of a batch."""
         self._submit_stranded()
         self._gathered[loop] = [waiter]
-        waiter.wakeup.soon(partial(self._pass_by, loop, PASSES if self._busy else 0))
+        waiter.wakeup.soon(partial(self._wait_for_more if self._busy else self._end_pass, loop))
 
     def _end_pass(self, loop: int) -> None:
         """In the loop. What it carries out is taken from where a `close` in another thread would find it."""
@@ -129,7 +133,7 @@ class GroupCommit(Generic[Op, Result]):
             self._put(waiters)
             return
         try:
-            became = writer.at_once(waiters, Again(waiters[0].wakeup, partial(self._pass_by, loop, PASSES), partial(self._submit, loop)))
+            became = writer.at_once(waiters, Again(waiters[0].wakeup, partial(self._wait_for_more, loop), partial(self._submit, loop)))
         except BaseException:  # the process is interrupted
             self._gathered[loop] = waiters
             raise
@@ -138,12 +142,15 @@ class GroupCommit(Generic[Op, Result]):
         elif became is AtOnce.THREAD:
             self._put(waiters)
 
-    def _pass_by(self, loop: int, passes: int) -> None:
-        """Where the loop is busy, a few passes make the next batch larger; where it is not, they take no time."""
+    def _wait_for_more(self, loop: int) -> None:
+        """Where the loop is busy, some passes make the next batch larger; where it is not, they take no time."""
+        self._pass_by(loop, 0, monotonic() + LONGEST)
+
+    def _pass_by(self, loop: int, passed: int, until: float) -> None:
         waiters = self._gathered.get(loop)
-        if waiters and passes and len(waiters) < Writer.ENOUGH:
+        if waiters and len(waiters) < Writer.ENOUGH and passed < PASSES and (passed < FEWEST or monotonic() < until):
             try:
-                waiters[0].wakeup.soon(partial(self._pass_by, loop, passes - 1))
+                waiters[0].wakeup.soon(partial(self._pass_by, loop, passed + 1, until))
             except RuntimeError:  # the loop is about to end
                 self._submit(loop)
         else:
