@@ -140,7 +140,9 @@ class CacheFiles:
         """Queues a write, which `read` sees at once. With 64 MiB of writes in the queue, it does not happen."""
         task, size = Put(key, entry, ttl), len(entry.value)
         with self._queueing:
-            if self._pending_bytes + size > MAX_PENDING_BYTES or not self._enqueue(task):
+            if self._pending_bytes + size > MAX_PENDING_BYTES:
+                return
+            if not self._enqueue(task):
                 return
             replaced = self._pending.get(key)
             self._pending[key] = task

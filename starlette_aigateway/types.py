@@ -362,6 +362,8 @@ class CacheControl(Struct, frozen=True, kw_only=True, gc=False):
 
 
 CacheStatus = Literal["hit", "miss", "bypass"]
+Present: TypeAlias = Callable[[], Awaitable[bool]]
+"""Whether the caller still waits."""
 
 
 class CallOptions(Struct, frozen=True, kw_only=True, gc=False):
@@ -374,7 +376,7 @@ class CallOptions(Struct, frozen=True, kw_only=True, gc=False):
     route: str = "in_process"
     timeout: float | None = None
     tags: Mapping[str, str] = {}
-    present: Callable[[], Awaitable[bool]] | None = None
+    present: Present | None = None
 
     def __post_init__(self) -> None:
         """Raises `InvalidArgument` for a timeout that is no positive number and for tags that cannot be recorded."""

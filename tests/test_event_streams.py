@@ -8,9 +8,9 @@ import pytest
 from starlette.types import Message
 
 from starlette_aigateway.errors import ProviderError
-from starlette_aigateway.http.sse import Dialect, EventStreamResponse, Present, id_headers, writer_of
+from starlette_aigateway.http.sse import Dialect, EventStreamResponse, id_headers, writer_of
 from starlette_aigateway.streams import AnswerStream
-from starlette_aigateway.types import Chunk, RawEvents, StreamItem
+from starlette_aigateway.types import Chunk, Present, RawEvents, StreamItem
 
 pytestmark = pytest.mark.anyio
 

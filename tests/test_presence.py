@@ -7,12 +7,13 @@ from collections.abc import Awaitable, Callable
 from contextlib import nullcontext
 
 import anyio
+import anyio.lowlevel
 import pytest
 from starlette.types import Message, Receive
 
 from starlette_aigateway.http.bodies import ClientLeft
 from starlette_aigateway.http.pace import Pace
-from starlette_aigateway.http.presence import A_MOMENT, Taker, present, while_present, while_taken
+from starlette_aigateway.http.presence import A_MOMENT, StreamClient, present, while_present, while_taken
 
 pytestmark = pytest.mark.anyio
 Watched = Callable[[Receive, Callable[[], Awaitable[str]]], Awaitable[str]]
@@ -53,7 +54,7 @@ def patient() -> Pace:
 
 
 async def while_taken_anyhow(receive: Receive, work: Callable[[], Awaitable[str]]) -> str:
-    return await while_taken(receive, lambda taker: work(), patient())
+    return await while_taken(receive, lambda _: work(), patient())
 
 
 @pytest.fixture(params=[while_present, while_taken_anyhow], ids=["whole", "stream"])
@@ -115,9 +116,9 @@ async def test_work_that_is_shielded_is_ended_first() -> None:
 async def test_what_a_stream_does_once_it_is_safe_is_not_cut_off() -> None:
     client = Client()
 
-    async def settle(taker: Taker) -> str:
+    async def settle(ours: StreamClient) -> str:
         await client.asked.wait()
-        taker.end()
+        ours.end()
         client.left.set()
         await anyio.wait_all_tasks_blocked()
         return "settled"
@@ -131,7 +132,7 @@ async def test_what_a_stream_ends_with_when_its_client_leaves_is_not_cut_off() -
     client = Client()
     steps: list[str] = []
 
-    async def leave(taker: Taker) -> str:
+    async def leave(ours: StreamClient) -> str:
         await client.asked.wait()
         try:
             client.left.set()
@@ -152,7 +153,7 @@ async def test_what_a_stream_ends_with_when_its_client_leaves_is_not_cut_off() -
 async def test_a_task_that_is_cancelled_while_its_client_leaves_is_cancelled() -> None:
     client = Client()
 
-    async def both(taker: Taker) -> str:
+    async def both(ours: StreamClient) -> str:
         await client.asked.wait()
         try:
             client.left.set()
@@ -191,8 +192,9 @@ async def test_a_server_that_cannot_tell_is_no_reason_to_go_on(watched: Watched)
 async def test_nobody_listens_for_the_client_of_a_stream_that_is_over_at_once() -> None:
     client = Client()
 
-    async def answer(taker: Taker) -> str:
-        await anyio.wait_all_tasks_blocked()
+    async def answer(ours: StreamClient) -> str:
+        for _ in range(20):
+            await anyio.lowlevel.checkpoint()
         return "an answer"
 
     with anyio.fail_after(5):
@@ -210,12 +212,12 @@ async def test_whoever_asks_for_the_client_of_a_stream_hears_at_once_that_it_has
     if leaves:
         client.left.set()
 
-    async def twice(taker: Taker) -> bool:
-        assert await taker.present() is await taker.present()
-        return await taker.present()
+    async def twice(ours: StreamClient) -> bool:
+        assert await ours.present() is await ours.present()
+        return await ours.present()
 
-    async def ask(taker: Taker) -> str:
-        asked.append(asyncio.create_task(twice(taker)))
+    async def ask(ours: StreamClient) -> str:
+        asked.append(asyncio.create_task(twice(ours)))
         await asyncio.wait(asked)
         return "an answer"
 
@@ -223,6 +225,25 @@ async def test_whoever_asks_for_the_client_of_a_stream_hears_at_once_that_it_has
         with pytest.raises(ClientLeft) if leaves else nullcontext():
             await while_taken(client.receive, ask, patient())
         assert await asked[0] is not leaves
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_whoever_asks_while_somebody_begins_to_listen_hears_what_a_server_tells_a_few_passes_later() -> None:
+    asked: list[asyncio.Task[bool]] = []
+
+    async def receive() -> Message:
+        for _ in range(3):
+            await anyio.lowlevel.checkpoint()
+        return {"type": "http.disconnect"}
+
+    async def ask(ours: StreamClient) -> str:
+        asked.append(asyncio.create_task(ours.present()))
+        return await forever()
+
+    with anyio.fail_after(5):
+        with pytest.raises(ClientLeft):
+            await while_taken(receive, ask, patient(), at_once=True)
+        assert not await asked[0]
 
 
 async def test_a_client_that_takes_nothing_is_let_go(caplog: pytest.LogCaptureFixture) -> None:
@@ -233,7 +254,7 @@ async def test_a_client_that_takes_nothing_is_let_go(caplog: pytest.LogCaptureFi
         return await forever()
 
     with anyio.fail_after(5), pytest.raises(ClientLeft), caplog.at_level(logging.INFO, "starlette_aigateway"):
-        await while_taken(client.receive, lambda taker: work(), pace)
+        await while_taken(client.receive, lambda _: work(), pace)
     assert "took nothing of its stream for 0.05 seconds" in caplog.text
 
 
@@ -248,7 +269,7 @@ async def test_a_client_that_takes_what_it_is_sent_may_wait_for_more_as_long_as_
         return "an answer"
 
     with anyio.fail_after(5):
-        assert await while_taken(client.receive, lambda taker: work(), pace) == "an answer"
+        assert await while_taken(client.receive, lambda _: work(), pace) == "an answer"
 
 
 @pytest.mark.parametrize("moments", [1.3, 5])

@@ -22,7 +22,7 @@ LISTEN_AFTER = 0.1
 """Seconds: most of what is over by then has no client that left, and a task that listens costs as much as passing on several chunks."""
 
 
-class Taker(Protocol):
+class StreamClient(Protocol):
     """The client of a stream, as what makes the stream knows it."""
 
     async def present(self) -> bool:
@@ -49,7 +49,7 @@ async def while_present(receive: Receive, work: Callable[[], Awaitable[T]]) -> T
     raise ClientLeft
 
 
-async def while_taken(receive: Receive, work: Callable[[Taker], Awaitable[T]], pace: Pace, *, at_once: bool = False) -> T:
+async def while_taken(receive: Receive, work: Callable[[StreamClient], Awaitable[T]], pace: Pace, *, at_once: bool = False) -> T:
     """As `while_present`, for a stream: it is also cancelled when the client takes nothing for too long by its `pace`. A client that leaves
     may be noticed `LISTEN_AFTER` seconds after the beginning only, unless `at_once`. `work` calls `end` before what is not to be cut off;
     where asyncio runs, no scope of anyio's within shields from this, which costs a tenth."""
@@ -78,7 +78,7 @@ async def while_taken(receive: Receive, work: Callable[[Taker], Awaitable[T]], p
 
 
 class _Heard:
-    """A taker whom somebody listens to: whoever works for it is cancelled when it leaves."""
+    """A client that somebody listens to: whoever works for it is cancelled when it leaves."""
 
     async def present(self) -> bool:
         return True
@@ -112,11 +112,12 @@ class _Watch:
         self._look(pace)
 
     async def present(self) -> bool:
-        """Listens from now on, and for two moments before it answers."""
+        """Listens from now on, and for two moments before it answers: it may have begun to just now."""
         if self._task is None and not self._over:
             self.listen()
-            await asyncio.sleep(A_MOMENT)
-            await asyncio.sleep(A_MOMENT)
+        for _ in range(2):
+            if not self._over:
+                await asyncio.sleep(A_MOMENT)
         return not self.saw_it_leave
 
     async def _listen(self) -> None:

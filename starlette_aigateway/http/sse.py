@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager
 from decimal import Decimal
 from time import monotonic
@@ -17,17 +17,16 @@ from ..errors import AIGatewayError
 from ..observing import ToldPipeline
 from ..pipeline import Pipeline
 from ..streams import AnswerStream
-from ..types import CallOptions, CompletionRequest, Principal, RawEvents, StreamItem, Usage
+from ..types import CallOptions, CompletionRequest, Present, Principal, RawEvents, StreamItem, Usage
 from ..wires import openai_chat, sse
 from . import shapes
 from .bodies import ClientLeft
 from .errors import error_object, error_response, window_headers
 from .pace import Pace
-from .presence import Taker, while_taken
+from .presence import StreamClient, while_taken
 from .replies import Header, as_text
 
 Dialect = Literal["openai", "native"]
-Present: TypeAlias = Callable[[], Awaitable[bool]]
 OpenStream: TypeAlias = Callable[[Present], AbstractAsyncContextManager[AnswerStream]]
 """Is given what tells whether the client is still there."""
 
@@ -137,7 +136,7 @@ class EventStreamResponse(Response):
         of the stream, which settles it. What is left unended the server closes."""
         pace = Pace(self._patience)
         try:
-            refusal = await while_taken(receive, lambda taker: self._serve(send, pace, taker), pace, at_once=self._ends_with_its_caller)
+            refusal = await while_taken(receive, lambda client: self._serve(send, pace, client), pace, at_once=self._ends_with_its_caller)
         except ClientLeft:
             refusal = None
         if refusal is not None:
@@ -145,17 +144,17 @@ class EventStreamResponse(Response):
         if self.background is not None:
             await self.background()
 
-    async def _serve(self, send: Send, pace: Pace, taker: Taker) -> Response | None:
+    async def _serve(self, send: Send, pace: Pace, client: StreamClient) -> Response | None:
         """What is answered instead, where the call is refused before the stream has begun. Leaving the block settles: it is not cut off."""
         begun = False
         try:
-            async with self._open_stream(taker.present) as stream:
+            async with self._open_stream(client.present) as stream:
                 begun = True
                 self.stream = stream
                 try:
                     await self._write(stream, send, pace)
                 finally:
-                    taker.end()
+                    client.end()
         except AIGatewayError as error:
             if begun:
                 raise

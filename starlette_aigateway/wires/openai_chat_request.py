@@ -5,7 +5,8 @@ https://platform.openai.com/docs/api-reference/chat/create
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Set
+from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
 from typing import Any
 
 import msgspec
@@ -70,7 +71,7 @@ def encode_request(request: CompletionRequest, *, stream: bool, max_tokens_field
     return _encoder.encode(body)
 
 
-def _without(left_out: Set[str], params: Mapping[str, Any]) -> Mapping[str, Any]:
+def _without(left_out: AbstractSet[str], params: Mapping[str, Any]) -> Mapping[str, Any]:
     return params if left_out.isdisjoint(params) else {name: value for name, value in params.items() if name not in left_out}
 
 
