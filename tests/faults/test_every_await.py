@@ -26,7 +26,9 @@ from starlette_aigateway import (
     Timeouts,
     Usage,
 )
+from starlette_aigateway.attempts import Attempts
 from starlette_aigateway.background import Job, Work
+from starlette_aigateway.calls import Call
 from starlette_aigateway.drains import OnDisconnect
 
 from .kit import AtAwait, FaultyLedger, Visitor, cancel_task, gateway_over, owned_by, who_it_says
@@ -92,11 +94,12 @@ def providers_for(script: Script) -> list[Billing]:
 class Walk:
     """One gateway, and a call of a principal of its own for each step."""
 
-    def __init__(self, gateway: AIGateway, providers: list[Billing], *, stream: bool, key: bool) -> None:
+    def __init__(self, gateway: AIGateway, providers: list[Billing], *, stream: bool, key: bool, http: bool) -> None:
         self.gateway = gateway
         self._providers = providers
         self._stream = stream
         self._key = key
+        self._http = http
         self._at = 0
 
     def next(self) -> int:
@@ -122,6 +125,9 @@ class Walk:
 
     async def call(self) -> None:
         request = self.request
+        if self._http:
+            await Visitor(self.gateway, "/complete", user=self.who.id, stream=self._stream, messages=request.messages)()
+            return
         key = f"key{self._at}" if self._key else None
         if not self._stream:
             await self.gateway.complete(self.who, request, idempotency_key=key)
@@ -176,7 +182,14 @@ async def quiet(gateway: AIGateway) -> None:
 
 @asynccontextmanager
 async def walking(
-    ledger: FaultyLedger, script: Script, *, stream: bool, owned: bool, key: bool, on_disconnect: OnDisconnect = "drain"
+    ledger: FaultyLedger,
+    script: Script,
+    *,
+    stream: bool,
+    owned: bool,
+    key: bool = False,
+    http: bool = False,
+    on_disconnect: OnDisconnect = "drain",
 ) -> AsyncIterator[Walk]:
     providers = providers_for(script)
     retries = RetryPolicy(rounds=2, backoff=0.001)
@@ -184,7 +197,7 @@ async def walking(
         ledger, *providers, timeouts=TIMEOUTS, retries=retries, resolve_principal=who_it_says, on_disconnect=on_disconnect
     )
     async with owned_by(gateway, owned):
-        yield Walk(gateway, providers, stream=stream, key=key)
+        yield Walk(gateway, providers, stream=stream, key=key, http=http)
 
 
 def cut_work(gateway: AIGateway, at: int, act: Callable[[Job[Any]], BaseException | None]) -> list[AtAwait]:
@@ -290,6 +303,46 @@ async def test_an_error_out_of_any_await_of_a_call(
     await walk_through_work(ledger, script, lambda job: error, stream=stream, owned=owned, key=key)
 
 
+class Asked:
+    """How often it was asked whether the client is still there, and how often that was cut off."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.times = self.cut_off = 0
+        present = Attempts._caller_left
+
+        async def counted(attempts: Attempts, call: Call, job: Job[Any]) -> bool:
+            self.times += 1
+            try:
+                return await present(attempts, call, job)
+            except BaseException:
+                self.cut_off += 1
+                raise
+
+        monkeypatch.setattr(Attempts, "_caller_left", counted)
+
+
+@pytest.mark.parametrize("script", ["retry", "fallback"])
+@pytest.mark.parametrize("stream", [False, True], ids=["complete", "stream"])
+async def test_a_call_cut_off_at_its_deadline_while_it_is_asked_whether_the_client_is_there(
+    ledger: FaultyLedger, monkeypatch: pytest.MonkeyPatch, stream: bool, script: Script, anyio_backend: str
+) -> None:
+    asked = Asked(monkeypatch)
+    await walk_through_work(ledger, script, lambda job: job._deadline.within(0), stream=stream, owned=True, http=True)
+    told_without_a_wait = stream and anyio_backend == "trio"  # there, the work of a client that leaves is cancelled
+    assert told_without_a_wait or asked.cut_off > 1
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+@pytest.mark.parametrize("script", ["retry", "fallback"])
+@pytest.mark.parametrize("stream", [False, True], ids=["complete", "stream"])
+async def test_an_error_while_it_is_asked_whether_the_client_is_there(
+    ledger: FaultyLedger, monkeypatch: pytest.MonkeyPatch, stream: bool, script: Script
+) -> None:
+    asked = Asked(monkeypatch)
+    await walk_through_work(ledger, script, lambda job: RuntimeError("bug"), stream=stream, owned=True, http=True)
+    assert asked.cut_off > 1
+
+
 @pytest.mark.parametrize("owned", [True, False], ids=["owned", "bare"])
 @pytest.mark.parametrize("mode", ["drain", "cancel"])
 async def test_a_reader_cancelled_at_any_chunk(ledger: FaultyLedger, owned: bool, mode: OnDisconnect) -> None:
@@ -324,9 +377,16 @@ async def test_a_client_to_whom_any_send_fails(ledger: FaultyLedger, owned: bool
 
 
 async def walk_through_work(
-    ledger: FaultyLedger, script: Script, act: Callable[[Job[Any]], BaseException | None], *, stream: bool, owned: bool, key: bool
+    ledger: FaultyLedger,
+    script: Script,
+    act: Callable[[Job[Any]], BaseException | None],
+    *,
+    stream: bool,
+    owned: bool,
+    key: bool = False,
+    http: bool = False,
 ) -> None:
-    async with walking(ledger, script, stream=stream, owned=owned, key=key) as walk:
+    async with walking(ledger, script, stream=stream, owned=owned, key=key, http=http) as walk:
         survived = False
         while not survived:
             at = walk.next()
