@@ -5,6 +5,7 @@ from __future__ import annotations
 import sqlite3
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -24,6 +25,28 @@ ON CONFLICT (key, raw) DO UPDATE SET store_time = excluded.store_time, expire_ti
 NO_FILES = 2**62
 """A `min_file_size` that no value reaches."""
 
+DIGEST_DIGITS = 64
+
+
+def stored(key: str) -> str | bytearray:
+    """A key as it stands in its row. Keys of the gateway are SHA-256 in hexadecimal: as bytes their index has half the pages, and each
+    new row writes one of these. sqlite3 asks adapters what to do with bytes, and binds a bytearray at once."""
+    if len(key) == DIGEST_DIGITS:
+        with suppress(ValueError):
+            digest = bytearray.fromhex(key)
+            if digest.hex() == key:
+                return digest
+    return key
+
+
+def restored(found: object) -> str:
+    """The key that `stored` made this of. Raises `ValueError` for what it never makes."""
+    if type(found) is bytes and 2 * len(found) == DIGEST_DIGITS:
+        return found.hex()
+    if type(found) is str and stored(found) is found:
+        return found
+    raise ValueError("a row's key is not one of ours")
+
 
 class BytesDisk(Disk):  # type: ignore[misc]  # diskcache ships no types
     """A `Disk` that takes and gives bytes only, in the row itself.
@@ -32,15 +55,15 @@ class BytesDisk(Disk):  # type: ignore[misc]  # diskcache ships no types
     code in every worker (CVE-2025-69872; `JSONDisk` is no better). Here such rows raise `ValueError`, and no file is ever touched.
     """
 
-    def put(self, key: object) -> tuple[str, bool]:
+    def put(self, key: object) -> tuple[str | bytearray, bool]:
         if type(key) is not str:
             raise ValueError("a key must be a string")
-        return key, True
+        return stored(key), True
 
     def get(self, key: object, raw: object) -> str:
-        if not raw or type(key) is not str:
-            raise ValueError("a row's key is not a string")
-        return key
+        if not raw:
+            raise ValueError("a row's key is not one of ours")
+        return restored(key)
 
     def store(self, value: object, read: bool, key: object = UNKNOWN) -> tuple[int, int, None, bytes]:
         if read or type(value) is not bytes:
@@ -61,7 +84,7 @@ class BytesDisk(Disk):  # type: ignore[misc]  # diskcache ships no types
 
 class OneConnection(Cache):  # type: ignore[misc]  # diskcache ships no types
     """A diskcache with one connection to the database at `path`, whichever thread asks, so that `close` closes it. Not for two threads at
-    a time. Statements wait `timeout` seconds for the file, those that set up the tables `patience`.
+    a time. Statements wait `timeout` seconds for the file, those that set up the tables `patience`; `page_cache` is in KiB.
 
     The stock class has one for each thread, which no other thread can close. Should a later diskcache know no `_con`, it goes back to
     that.
@@ -69,9 +92,10 @@ class OneConnection(Cache):  # type: ignore[misc]  # diskcache ships no types
 
     _connection: sqlite3.Connection | None = None
 
-    def __init__(self, path: Path, *, timeout: float, patience: float, size_limit: int) -> None:
+    def __init__(self, path: Path, *, timeout: float, patience: float, size_limit: int, page_cache: int) -> None:
         self._path = path
         self._patience = patience
+        self._page_cache = page_cache
         try:
             super().__init__(
                 str(path.parent),
@@ -98,24 +122,25 @@ class OneConnection(Cache):  # type: ignore[misc]  # diskcache ships no types
             self._connection.execute("PRAGMA trusted_schema=OFF")  # planted triggers and views call no function with side effects
             self._connection.execute("PRAGMA synchronous=OFF")  # a third of a write, and the ledger's syncs wait for no others
             self._connection.execute("PRAGMA journal_size_limit=16777216")
-            self._connection.execute("PRAGMA cache_size=-500")  # KiB, of SQLite's 2,000: what is read often is in the memory tier
+            self._connection.execute(f"PRAGMA cache_size=-{self._page_cache}")
         return self._connection
 
     def read(self, key: str) -> bytes | None:
         """As `get`, at a fraction of its cost, and whatever time diskcache would keep the row for. Raises `ValueError` for a row that is
         not bytes."""
-        row = self._con.execute(SELECT, (key,)).fetchone()
+        row = self._con.execute(SELECT, (stored(key),)).fetchone()
         return None if row is None else self._disk.fetch(*row, False)
 
     def write(self, values: Sequence[tuple[str, bytearray, float]]) -> None:
-        """As `set` of each key, value and seconds to live, with one statement for all of them. sqlite3 asks adapters what to do with bytes,
-        and binds a bytearray at once."""
+        """As `set` of each key, value and seconds to live, with one statement for all of them."""
         now = time.time()
-        self._con.executemany(UPSERT, [(key, now, now + ttl, now, value) for key, value, ttl in values])
+        self._con.executemany(UPSERT, [(stored(key), now, now + ttl, now, value) for key, value, ttl in values])
 
     def keys(self) -> Iterator[str]:
         """Those of all rows that `read` may find."""
-        return (key for (key,) in self._con.execute(KEYS) if type(key) is str)
+        for (found,) in self._con.execute(KEYS):
+            with suppress(ValueError):
+                yield restored(found)
 
     def longest_ttl(self) -> float:
         """Seconds that the last row has to live; 0 without any."""

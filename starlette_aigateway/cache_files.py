@@ -31,6 +31,12 @@ READ_TIMEOUT = 0.05
 """Seconds that a read may wait for the file, on the event loop. In WAL mode a reader waits for nothing but a recovery."""
 
 WRITE_TIMEOUT = 2.0
+WRITER_PAGES = 2000
+"""KiB, as SQLite's own: a batch of writes fits in, and needs no page a second time."""
+
+READER_PAGES = 500
+"""KiB: what is read often is in the memory tier."""
+
 CLOSE_TIMEOUT = 10.0
 RETRY_AFTER = 5.0
 """Seconds until a cache that could not be opened is tried again."""
@@ -287,11 +293,14 @@ class CacheFiles:
         if self._directory.stat().st_mode & 0o077:
             self._directory.chmod(0o700)
         create(self._path)
-        self._writer = OneConnection(self._path, timeout=WRITE_TIMEOUT, patience=WRITE_TIMEOUT, size_limit=self._size_limit)
+        self._writer = self._connect(OneConnection, WRITE_TIMEOUT, WRITER_PAGES)
         self._identity = identity(self._path)
-        reader = OneConnection(self._path, timeout=READ_TIMEOUT, patience=WRITE_TIMEOUT, size_limit=self._size_limit)
+        reader = self._connect(OneConnection, READ_TIMEOUT, READER_PAGES)
         self._purges.open()
         self._reader = reader
+
+    def _connect(self, kind: type[OneConnection], timeout: float, page_cache: int) -> OneConnection:
+        return kind(self._path, timeout=timeout, patience=WRITE_TIMEOUT, size_limit=self._size_limit, page_cache=page_cache)
 
     def _close_files(self) -> None:
         with self._reading:

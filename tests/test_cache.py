@@ -20,7 +20,7 @@ from diskcache.core import MODE_BINARY, MODE_PICKLE, MODE_RAW, MODE_TEXT
 
 from starlette_aigateway import cache_files, cache_purges
 from starlette_aigateway.cache import DiskResponseCache, wait
-from starlette_aigateway.cache_disk import BytesDisk
+from starlette_aigateway.cache_disk import BytesDisk, restored, stored
 from starlette_aigateway.cache_sieve import Sieve
 from starlette_aigateway.protocols import ResponseCache
 from starlette_aigateway.testing.cache import ResponseCacheContract, SharedResponseCacheContract, key
@@ -71,7 +71,8 @@ class TestTwoWorkers(SharedResponseCacheContract):
 def rows(directory: Path) -> list[tuple[Any, ...]]:
     connection = sqlite3.connect(directory / "cache.db")
     try:
-        return connection.execute("SELECT key, raw, mode, filename, value FROM Cache ORDER BY rowid").fetchall()
+        found = connection.execute("SELECT key, raw, mode, filename, value FROM Cache ORDER BY rowid").fetchall()
+        return [(restored(name), *others) for name, *others in found]
     finally:
         connection.close()
 
@@ -79,10 +80,10 @@ def rows(directory: Path) -> list[tuple[Any, ...]]:
 def plant(directory: Path, name: str, *, mode: int, value: object = None, filename: str | None = None, raw: int = 1) -> None:
     connection = sqlite3.connect(directory / "cache.db", isolation_level=None)
     try:
-        connection.execute("DELETE FROM Cache WHERE key = ?", (key(name),))
+        connection.execute("DELETE FROM Cache WHERE key = ?", (stored(key(name)),))
         connection.execute(
             "INSERT INTO Cache (key, raw, store_time, expire_time, access_time, mode, filename, value) VALUES (?, ?, 0, NULL, 0, ?, ?, ?)",
-            (key(name), raw, mode, filename, value),
+            (stored(key(name)), raw, mode, filename, value),
         )
     finally:
         connection.close()
@@ -188,6 +189,38 @@ def test_the_disk_takes_bytes_only(tmp_path: Path, value: object) -> None:
         disk.filename()
     with pytest.raises(ValueError, match="key"):
         disk.get(pickle.dumps(value if value is None else 1), 0)
+
+
+DIGITS = "0123456789abcdef" * 4
+KEYS = ["k", "ключ", DIGITS, DIGITS.upper(), DIGITS[:-1], DIGITS[:-1] + "g", f" {DIGITS[:-2]} ", "ab" * 16, "é" * 32]
+
+
+async def test_keys_of_whatever_form_are_told_apart_on_disk(directory: Path, clock: FakeClock) -> None:
+    async with DiskResponseCache(directory, clock=clock) as cache:
+        for name in KEYS:
+            await cache.put(name, name.encode(), 60)
+    async with DiskResponseCache(directory, memory_entries=0, clock=clock) as again:
+        assert [await again.get(name) for name in KEYS] == [name.encode() for name in KEYS]
+    (directory / "sieve").unlink()
+    async with DiskResponseCache(directory, memory_entries=0, clock=clock) as marked:
+        assert [await marked.get(name) for name in KEYS] == [name.encode() for name in KEYS]
+        assert await marked.purge() == len(KEYS)
+
+
+def test_a_key_of_the_gateways_own_is_a_digest_on_disk() -> None:
+    assert stored(key("a")) == bytearray.fromhex(key("a"))
+
+
+@pytest.mark.parametrize("name", KEYS)
+def test_a_key_is_found_in_what_was_stored_of_it(name: str) -> None:
+    found = stored(name)
+    assert restored(found if isinstance(found, str) else bytes(found)) == name
+
+
+@pytest.mark.parametrize("foreign", [None, 1, 1.5, b"", b"short", b"x" * 33, DIGITS])
+def test_a_row_whose_key_nobody_wrote_has_no_name(foreign: object) -> None:
+    with pytest.raises(ValueError, match="not one of ours"):
+        restored(foreign)
 
 
 async def test_no_file_is_ever_written_for_a_value(directory: Path, clock: FakeClock) -> None:
