@@ -293,6 +293,38 @@ async def test_closing_waits_for_what_is_being_synced_and_tells_it(ledger: SQLit
     assert await money(ledger) == (0, 2)
 
 
+async def test_who_comes_while_another_closes_is_not_told_a_failure_of_what_was_done(
+    ledger: SQLiteLedger, monkeypatch: pytest.MonkeyPatch, syncs: Syncs
+) -> None:
+    """The next writer begins when the one that is being closed has ended: its end closes the log that both sync."""
+    await ledger.ping()
+    first = ledger._commit._writer
+    assert first is not None
+    opened = threading.Event()
+    noted, wal_opened = first._turns.note, WriteAheadLog.open
+
+    def note() -> None:
+        opened.wait(0.3)  # the next one does not open the log before this one has closed it
+        noted()
+
+    def opening(log: WriteAheadLog) -> None:
+        wal_opened(log)
+        opened.set()
+
+    monkeypatch.setattr(first._turns, "note", note)
+    monkeypatch.setattr(WriteAheadLog, "open", opening)
+    syncs.before = partial(first._thread.join, 10)
+    closer = threading.Thread(target=ledger._commit.close)
+    closer.start()
+    with anyio.fail_after(10):
+        while ledger._commit._writer is first:
+            await anyio.sleep(0.001)
+        hold = await ledger.reserve(hold_request("a"), now=NOON)
+    await anyio.to_thread.run_sync(closer.join)
+    assert hold.id == "use_a"
+    await assert_clean(ledger)
+
+
 def test_what_waits_for_a_sync_is_carried_out_though_its_event_loop_is_closed(path: Path, syncs: Syncs) -> None:
     ledger = SQLiteLedger(path)
     gate = Gate()

@@ -48,6 +48,8 @@ class GroupCommit(Generic[Op, Result]):
         self._pid = THIS.pid
         self._guard = threading.Lock()
         self._writer: Writer[Op, Result] | None = None
+        self._ending: Writer[Op, Result] | None = None
+        """One that a `close` waits for."""
         self._gathered: dict[int, list[Waiter[Op, Result]]] = {}
         self._busy = 0
         """Batches of one operation, or passes of an event loop with one, until it is calm."""
@@ -99,8 +101,12 @@ class GroupCommit(Generic[Op, Result]):
             writer, self._writer = self._writer, None
             if writer is not None:
                 writer.stop()
+                self._ending = writer
         if writer is not None:
             writer.join()
+            with self._guard:
+                if self._ending is writer:
+                    self._ending = None
 
     def _gather(self, waiter: Waiter[Op, Result]) -> None:
         """What one pass of the event loop brings is carried out together, and what a few bring where it is busy: each transaction costs
@@ -173,12 +179,13 @@ class GroupCommit(Generic[Op, Result]):
     def _put(self, waiters: list[Waiter[Op, Result]]) -> None:
         with self._guard:
             if self._writer is None:
-                self._writer = Writer(self._store)
+                self._writer = Writer(self._store, after=self._ending)
             self._writer.put(waiters)
 
     def _forget_parent(self) -> None:
         """In a forked child: the thread stayed behind, and the descriptor that came along must not keep the parent's lock alive."""
         writer, self._writer = self._writer, None
+        self._ending = None
         self._gathered = {}
         self._came = 0
         self._guard = threading.Lock()

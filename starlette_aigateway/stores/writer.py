@@ -78,12 +78,14 @@ class Committed(NamedTuple, Generic[Op, Result]):
 
 
 class Writer(Generic[Op, Result]):
-    """The thread and its queue; whoever has the `_turn` may take turns at its file. None in the queue ends it."""
+    """The thread and its queue; whoever has the `_turn` may take turns at its file. None in the queue ends it. It begins when the one
+    `after` which it comes has ended: what two of them had open of one file, the end of the first would close."""
 
     ENOUGH: ClassVar[int] = 24
     """Operations that begin the next batch while the one before it is synced. Fewer wait for that sync, for larger batches."""
 
-    def __init__(self, store: Store[Op, Result]) -> None:
+    def __init__(self, store: Store[Op, Result], *, after: Writer[Op, Result] | None = None) -> None:
+        self._after = after
         self._turns = store.turns()
         self._lasts_at_once = store.lasts_at_once
         self._turn = threading.Lock()
@@ -196,6 +198,9 @@ class Writer(Generic[Op, Result]):
         return list(again.values())
 
     def _work(self) -> None:
+        after, self._after = self._after, None
+        if after is not None:
+            after.join()
         try:
             while not (self._stopped and self._idle):
                 match self._next():
