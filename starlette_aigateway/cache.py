@@ -90,10 +90,10 @@ class DiskResponseCache:
     `directory` is made at the first use (0700); nothing is opened before, and a forked child opens its own. `size_limit` is in bytes on
     disk, where the entries stored first make room; `memory_entries` and `memory_bytes` bound the memory of each process.
 
-    - `put` waits for nothing: a `get` in this process sees it at once, other workers when the writer thread has committed it. What is
-      not yet written when the process dies is lost.
+    - `put` waits for nothing, but for the files to be opened where it is the first use: a `get` in this process sees it at once, other
+      workers when the writer thread has committed it. What is not yet written when the process dies is lost.
     - An entry expires by `clock` in every worker. A `purge` holds in every worker from its next `get` on, also for what was put before it
-      and not yet written.
+      and not yet written; but not for what a worker put that could not open the files then.
     - A damaged `cache.db` is set aside as `cache.db.corrupt-1` (at most three are kept, a purge removes them) and made anew.
     """
 
@@ -142,7 +142,9 @@ class DiskResponseCache:
 
     async def put(self, key: str, value: bytes, ttl: float) -> None:
         if ttl > 0:
-            worker = self._worker()
+            worker = self._workers.get(THIS.pid)
+            if worker is None or not worker.files.tried:
+                worker = await self._open()
             entry = Entry(self._clock() + ttl, value, worker.files.generation())
             worker.memory.put(key, entry)
             worker.files.write(key, entry, ttl)

@@ -383,6 +383,16 @@ anyio.run(main)
 """
 
 
+async def test_a_purge_ends_what_was_put_by_a_worker_that_had_not_opened_the_files(directory: Path, clock: FakeClock) -> None:
+    async with DiskResponseCache(directory, clock=clock) as first, DiskResponseCache(directory, clock=clock) as second:
+        await first.put(key("other"), b"answer", 60)
+        await first.flush()
+        await second.put(key("a"), b"answer", 60)
+        await first.purge()
+        await second.flush()
+        assert [await worker.get(key("a")) for worker in (first, second)] == [None, None]
+
+
 @pytest.fixture
 def purger(directory: Path) -> Iterator[Callable[[], int]]:
     """Another process, which purges and says how many entries it has found."""
