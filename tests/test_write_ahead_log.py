@@ -7,6 +7,8 @@ import errno
 import os
 import shutil
 import sqlite3
+import subprocess
+import sys
 import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import closing
@@ -323,6 +325,58 @@ async def test_who_comes_while_another_closes_is_not_told_a_failure_of_what_was_
     await anyio.to_thread.run_sync(closer.join)
     assert hold.id == "use_a"
     await assert_clean(ledger)
+
+
+async def test_nobody_is_told_of_a_commit_to_a_log_that_was_removed(ledger: SQLiteLedger, path: Path, syncs: Syncs) -> None:
+    """As SQLite does in a process that it believes to be the last one, while a forked child goes on."""
+    await reserve(ledger, "a")
+    path.with_name(f"{path.name}-wal").unlink()
+    for name in ("b", "c"):
+        with pytest.raises(StorageUnavailable, match=r"ledger\.db-wal was removed while this process had it open: start it anew"):
+            await reserve(ledger, name)
+    await ledger.aclose()
+    with pytest.raises(StorageUnavailable, match="was removed"):
+        await reserve(ledger, "d")
+
+
+FORKED = """
+import os, sys
+import anyio
+from starlette_aigateway.errors import StorageUnavailable
+from starlette_aigateway.stores.sqlite.ledger import SQLiteLedger
+from starlette_aigateway.testing.ledger_kit import NOON, hold_request
+
+ledger = SQLiteLedger(sys.argv[1])
+to_child, to_parent = os.pipe(), os.pipe()
+
+async def reserve(*names):
+    for name in names:
+        await ledger.reserve(hold_request(name, 1), now=NOON)
+        print(name, flush=True)
+
+anyio.run(reserve, "parent")
+child = os.fork()
+if child == 0:
+    anyio.run(reserve, "child")
+    os.write(to_parent[1], b"x")
+    os.read(to_child[0], 1)
+    try:
+        anyio.run(reserve, "later")
+    except StorageUnavailable:
+        print("refused", flush=True)
+    os._exit(0)
+os.read(to_parent[0], 1)
+anyio.run(ledger.aclose)
+os.write(to_child[1], b"x")
+os.waitpid(child, 0)
+"""
+
+
+def test_what_a_forked_child_was_told_is_in_the_books_though_its_parent_closed_the_files(path: Path) -> None:
+    ran = subprocess.run([sys.executable, "-c", FORKED, path], capture_output=True, text=True, timeout=60, check=True)
+    told = ran.stdout.split()
+    assert told == ["parent", "child", "refused"], ran.stderr
+    assert holds(path) == {"use_parent", "use_child"}
 
 
 def test_what_waits_for_a_sync_is_carried_out_though_its_event_loop_is_closed(path: Path, syncs: Syncs) -> None:

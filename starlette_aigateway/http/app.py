@@ -19,7 +19,7 @@ from .connection import first_of
 from .door import Door
 from .errors import TO_THE_HOST, error_response, host_refusal
 from .exchange import Exchange
-from .replies import as_text
+from .replies import answer_nobody, as_text
 from .router import Guard, Match, Route, Router
 from .routes import ROUTES
 
@@ -81,6 +81,7 @@ class HTTPApp:
                 await self._let_in(exchange, route.guard)
             response = await route.handler(exchange)
         except ClientLeft:
+            await answer_nobody(send)
             return
         except Exception as error:  # noqa: BLE001  # whatever goes wrong has an answer
             response = refusal(error, exchange)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import TypeAlias
 
 from starlette.responses import Response
@@ -13,6 +14,8 @@ Header: TypeAlias = tuple[bytes, bytes]
 
 JSON: Header = (b"content-type", b"application/json")
 NO_STORE: Header = (b"cache-control", b"no-store")
+CLIENT_LEFT = 499
+"""The status that nginx logs for it (https://nginx.org/en/docs/http/ngx_http_core_module.html); no client ever sees it."""
 
 
 class Reply(Response):
@@ -31,3 +34,11 @@ class Reply(Response):
 
 def as_text(headers: Iterable[Header]) -> dict[str, str]:
     return {name.decode("latin-1"): value.decode("latin-1") for name, value in headers}
+
+
+async def answer_nobody(send: Send) -> None:
+    """What ends a request whose client has left before its answer began. Servers drop it; but middleware of the host waits for one, and
+    some raises where there is none (Starlette's `BaseHTTPMiddleware`)."""
+    with suppress(OSError):  # how a server may tell that the client is gone (ASGI 2.4)
+        await send({"type": "http.response.start", "status": CLIENT_LEFT, "headers": [(b"content-length", b"0")]})
+        await send({"type": "http.response.body", "body": b""})

@@ -24,7 +24,7 @@ from .bodies import ClientLeft
 from .errors import error_object, error_response, window_headers
 from .pace import Pace
 from .presence import StreamClient, while_taken
-from .replies import Header, as_text
+from .replies import Header, answer_nobody, as_text
 
 Dialect = Literal["openai", "native"]
 OpenStream: TypeAlias = Callable[[Present], AbstractAsyncContextManager[AnswerStream]]
@@ -139,6 +139,8 @@ class EventStreamResponse(Response):
             refusal = await while_taken(receive, lambda client: self._serve(send, pace, client), pace, at_once=self._ends_with_its_caller)
         except ClientLeft:
             refusal = None
+            if self.stream is None:
+                await answer_nobody(send)
         if refusal is not None:
             await refusal(scope, receive, send)
         if self.background is not None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import anyio
+from starlette.types import ASGIApp
 
 from starlette_aigateway import AIGateway, CompletionRequest, Price, Principal, RetryPolicy, StorageUnavailable, Timeouts, UsageRecord
 from starlette_aigateway.accounts import Hold, HoldRequest, Settlement
@@ -149,8 +150,8 @@ class Visitor:
     """A client of the ASGI app, without a server: it leaves when `left` is set. `sent` is what it was answered; the `fails_at`-th of it
     raises `error`."""
 
-    def __init__(self, gateway: AIGateway, path: str, *, user: str = WHO.id, **fields: Any) -> None:
-        self.gateway = gateway
+    def __init__(self, app: ASGIApp, path: str, *, user: str = WHO.id, **fields: Any) -> None:
+        self._app = app
         self.fails_at = 0
         self.error: Exception = OSError("gone")
         self.left = anyio.Event()
@@ -173,7 +174,7 @@ class Visitor:
         }
 
     async def __call__(self) -> None:
-        await self.gateway(self._scope, self._receive, self._send)
+        await self._app(self._scope, self._receive, self._send)
 
     async def _receive(self) -> Any:
         if self._body is not None:

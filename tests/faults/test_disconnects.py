@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 import anyio
 import pytest
+from starlette.middleware.base import BaseHTTPMiddleware
 
 from starlette_aigateway import (
     AIGateway,
@@ -121,7 +122,25 @@ async def test_a_call_that_is_left_before_anything_came_is_closed_at_once_and_it
             await slow.closed.wait()
         record = await only_record(gateway)
     assert (record.outcome, record.cost) == ("ambiguous", full)
-    assert visitor.sent == []
+    assert [message.get("status") for message in visitor.sent] == [499, None], "an answer to nobody, which middleware waits for"
+
+
+@pytest.mark.parametrize(("stream", "mode"), [(False, "cancel"), (True, "cancel"), (True, "drain")])
+async def test_middleware_that_waits_for_an_answer_is_not_surprised_by_a_client_that_left(
+    ledger: FaultyLedger, stream: bool, mode: Literal["drain", "cancel"]
+) -> None:
+    async def passing(request: Any, call_next: Any) -> Any:
+        return await call_next(request)
+
+    slow = Slow(mute=True)
+    gateway = gateway_for(ledger, slow, on_disconnect=mode, timeouts=Timeouts(drain=0.05, settle=0.3, storage=2.0))
+    visitor = Visitor(BaseHTTPMiddleware(gateway, dispatch=passing), "/complete", stream=stream, max_tokens=1000)
+    async with owned_by(gateway, True), anyio.create_task_group() as group:
+        group.start_soon(visitor)
+        with anyio.fail_after(5):
+            await slow.arrived.wait()
+            visitor.left.set()
+            await slow.closed.wait()
 
 
 class Ended:

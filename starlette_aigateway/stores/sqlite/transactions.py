@@ -140,12 +140,21 @@ class Transactions(Generic[Op, Result]):
             self.sync()
         self.noted = True
         self._unsynced = False
-        self.lock.close()
         if self._store.write_ahead_log is not None:
             self._store.write_ahead_log.close()
         if self._connection is not None:
-            self._connection.close()
+            self._close(self._connection)
             self._connection = None
+        self.lock.close()
+
+    def _close(self, connection: sqlite3.Connection) -> None:
+        """Where that can be had, under the lock: the last one to close removes the log, and nobody is to commit to it just before."""
+        held = self.lock.enter_at_once()
+        try:
+            connection.close()
+        finally:
+            if held:
+                self.lock.leave()
 
     def _open(self) -> sqlite3.Connection:
         witness, mark = self._store.witness, self._store.mark
