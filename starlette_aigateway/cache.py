@@ -115,9 +115,7 @@ class DiskResponseCache:
         self._logged: set[tuple[str, str]] = set()
 
     async def get(self, key: str) -> bytes | None:
-        worker = self._workers.get(THIS.pid)
-        if worker is None or not worker.files.tried:
-            worker = await self._open()
+        worker = self._at_hand() or await self._open()
         files, now = worker.files, self._clock()
         generation = files.generation()
         if generation != worker.generation:
@@ -134,17 +132,15 @@ class DiskResponseCache:
 
     def recall(self, key: str) -> bytes | None:
         """What `get` would give, where this process has it in memory; else None."""
-        worker = self._workers.get(THIS.pid)
-        if worker is None or not worker.files.tried:
+        worker = self._at_hand()
+        if worker is None:
             return None
         generation = worker.files.generation()
         return worker.memory.get(key, self._clock(), generation) if generation == worker.generation else None
 
     async def put(self, key: str, value: bytes, ttl: float) -> None:
         if ttl > 0:
-            worker = self._workers.get(THIS.pid)
-            if worker is None or not worker.files.tried:
-                worker = await self._open()
+            worker = self._at_hand() or await self._open()
             entry = Entry(self._clock() + ttl, value, worker.files.generation())
             worker.memory.put(key, entry)
             worker.files.write(key, entry, ttl)
@@ -171,6 +167,11 @@ class DiskResponseCache:
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         with anyio.CancelScope(shield=True):
             await anyio.to_thread.run_sync(self.close)
+
+    def _at_hand(self) -> Worker | None:
+        """This process's, once its files were opened, or could not be."""
+        worker = self._workers.get(THIS.pid)
+        return worker if worker is not None and worker.files.tried else None
 
     async def _open(self) -> Worker:
         worker = self._worker()

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
@@ -31,10 +32,10 @@ READ_TIMEOUT = 0.05
 """Seconds that a read may wait for the file, on the event loop. In WAL mode a reader waits for nothing but a recovery."""
 
 WRITE_TIMEOUT = 2.0
-WRITER_PAGES = 2000
+WRITER_PAGE_CACHE = 2000
 """KiB, as SQLite's own: a batch of writes fits in, and needs no page a second time."""
 
-READER_PAGES = 500
+READER_PAGE_CACHE = 500
 """KiB: what is read often is in the memory tier."""
 
 CLOSE_TIMEOUT = 10.0
@@ -293,14 +294,12 @@ class CacheFiles:
         if self._directory.stat().st_mode & 0o077:
             self._directory.chmod(0o700)
         create(self._path)
-        self._writer = self._connect(OneConnection, WRITE_TIMEOUT, WRITER_PAGES)
+        connect = partial(OneConnection, self._path, patience=WRITE_TIMEOUT, size_limit=self._size_limit)
+        self._writer = connect(timeout=WRITE_TIMEOUT, page_cache=WRITER_PAGE_CACHE)
         self._identity = identity(self._path)
-        reader = self._connect(OneConnection, READ_TIMEOUT, READER_PAGES)
+        reader = connect(timeout=READ_TIMEOUT, page_cache=READER_PAGE_CACHE)
         self._purges.open()
         self._reader = reader
-
-    def _connect(self, kind: type[OneConnection], timeout: float, page_cache: int) -> OneConnection:
-        return kind(self._path, timeout=timeout, patience=WRITE_TIMEOUT, size_limit=self._size_limit, page_cache=page_cache)
 
     def _close_files(self) -> None:
         with self._reading:

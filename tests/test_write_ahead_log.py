@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import fcntl
 import os
 import shutil
 import sqlite3
@@ -337,6 +338,24 @@ async def test_nobody_is_told_of_a_commit_to_a_log_that_was_removed(ledger: SQLi
     await ledger.aclose()
     with pytest.raises(StorageUnavailable, match="was removed"):
         await reserve(ledger, "d")
+
+
+async def test_a_lock_that_cannot_be_taken_at_all_is_told_and_the_next_one_is_carried_out(
+    ledger: SQLiteLedger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Closing takes the lock as well: what fails there must not end the thread that others wait for."""
+
+    def no_locks(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, "no locks available")
+
+    await reserve(ledger, "a")
+    with monkeypatch.context() as patched, anyio.fail_after(10):
+        patched.setattr(fcntl, "flock", no_locks)
+        with pytest.raises(StorageUnavailable):
+            await reserve(ledger, "b")
+    with anyio.fail_after(10):
+        await reserve(ledger, "c")
+    await assert_clean(ledger)
 
 
 FORKED = """

@@ -142,19 +142,14 @@ class Transactions(Generic[Op, Result]):
         self._unsynced = False
         if self._store.write_ahead_log is not None:
             self._store.write_ahead_log.close()
-        if self._connection is not None:
-            self._close(self._connection)
-            self._connection = None
-        self.lock.close()
-
-    def _close(self, connection: sqlite3.Connection) -> None:
-        """Where that can be had, under the lock: the last one to close removes the log, and nobody is to commit to it just before."""
-        held = self.lock.enter_at_once()
+        connection, self._connection = self._connection, None
         try:
-            connection.close()
+            if connection is not None:
+                with suppress(OSError):  # the last one to close removes the log, and nobody is to commit to it just before
+                    self.lock.enter_at_once()
+                connection.close()
         finally:
-            if held:
-                self.lock.leave()
+            self.lock.close()
 
     def _open(self) -> sqlite3.Connection:
         witness, mark = self._store.witness, self._store.mark
