@@ -13,6 +13,9 @@ from pathlib import Path
 
 from .switchboard import PATIENCE
 
+OURS = dict(os.environ)
+"""Read once: servers are started by threads, and pytest changes the environment between two tests while one of them reads it."""
+
 
 @contextmanager
 def serving(command: Sequence[str], ready: str, folder: Path, environment: Mapping[str, str]) -> Iterator[None]:
@@ -21,7 +24,7 @@ def serving(command: Sequence[str], ready: str, folder: Path, environment: Mappi
     with subprocess.Popen(
         command,
         cwd=folder,
-        env={**os.environ, "PYTHONUNBUFFERED": "1", **environment},
+        env={**OURS, "PYTHONUNBUFFERED": "1", **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
