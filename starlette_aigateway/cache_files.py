@@ -22,6 +22,7 @@ from msgspec import Struct
 from .cache_purges import Generation, Purges
 from .cache_seal import sealed, unsealed
 from .cache_sieve import Sieve
+from .process import THIS
 from .protocols import Clock
 
 if TYPE_CHECKING:
@@ -110,6 +111,8 @@ class CacheFiles:
         self._queueing = threading.Lock()
         self._pending: dict[str, Put] = {}
         self._pending_bytes = 0
+        self._using = threading.Lock()
+        """Held by the thread while it uses the files, or opens them."""
         self._reading = threading.Lock()
         self._reader: OneConnection | None = None
         self._writer: OneConnection | None = None
@@ -119,6 +122,9 @@ class CacheFiles:
         self._unculled = 0
         self.tried = False
         """Whether the files were opened, or could not be."""
+        self._paused: int | None = None
+        """The process whose fork has closed them."""
+        THIS.pause_for_forks(self)
 
     def read(self, key: str, generation: Generation) -> Entry | None:
         """What waits to be written, else what is in the file."""
@@ -179,6 +185,21 @@ class CacheFiles:
             if self._thread.is_alive():  # it waits for a lock; it closes them itself
                 return
         self._close_files()
+
+    def pause(self, timeout: float) -> bool:
+        if not self._using.acquire(timeout=timeout):
+            return False
+        self._paused = None if self._writer is None else THIS.pid
+        self._close_files()
+        return True
+
+    def resume(self) -> None:
+        self._using.release()
+        if self._paused == THIS.pid:
+            self.ask(self.open)
+
+    def abandon(self) -> None:
+        THIS.keep(self)
 
     def open(self) -> int:
         """Opens what is closed, and anew what is not the file at the path any more. 1 if the files are open."""
@@ -243,13 +264,17 @@ class CacheFiles:
         last = False
         while not last:
             batch, last = take(self._tasks, self._hurry)
-            writes = [task for task in batch if not isinstance(task, Ask)]
-            if writes:
-                self._write(writes)
-            for task in batch:
-                if isinstance(task, Ask):
-                    task.done.set_result(self._carry_out(task.work))
+            with self._using:
+                self._carry_out_all(batch)
         self._close_files()
+
+    def _carry_out_all(self, batch: Sequence[Task]) -> None:
+        writes = [task for task in batch if not isinstance(task, Ask)]
+        if writes:
+            self._write(writes)
+        for task in batch:
+            if isinstance(task, Ask):
+                task.done.set_result(self._carry_out(task.work))
 
     def _carry_out(self, work: Callable[[], int]) -> int:
         try:

@@ -1,32 +1,95 @@
-"""Which process this is, without a call of the system: that takes a third of a microsecond, and a call asks six times."""
+"""Which process this is, without a call of the system: that takes a third of a microsecond, and a call asks six times. And what a fork
+must find closed."""
 
 from __future__ import annotations
 
+import logging
 import os
+import threading
+import time
 from typing import Protocol
 from weakref import WeakSet
+
+PATIENCE = 5.0
+"""Seconds that a fork waits, all in all, for those who are using their files."""
+
+log = logging.getLogger("starlette_aigateway")
 
 
 class Closable(Protocol):
     def close(self) -> None: ...
 
 
+class Opener(Protocol):
+    """Has files open that a forked child must not share with its parent: what SQLite keeps of its locks in memory is copied, and the locks
+    are not (https://sqlite.org/howtocorrupt.html, section 2.6)."""
+
+    def pause(self, timeout: float) -> bool:
+        """Waits until nobody uses the files, closes them, and keeps everybody from opening them until `resume`. False after `timeout`
+        seconds in vain."""
+
+    def resume(self) -> None:
+        """In the parent and in the child, in the thread that called `pause`."""
+
+    def abandon(self) -> None:
+        """In a child that was forked without a `pause`, or after one in vain: forgets whatever is the parent's, and closes nothing. Is
+        paused no more, unless it asks for that again."""
+
+
 class Process:
     """`pid` is `os.getpid()`, in a forked child as well."""
 
-    __slots__ = ("_parents", "pid")
+    __slots__ = ("_guard", "_inherited", "_openers", "_parents", "_paused", "pid")
 
     def __init__(self) -> None:
+        self.pid = os.getpid()
         self._parents: WeakSet[Closable] = WeakSet()
-        self._look()
-        os.register_at_fork(after_in_child=self._look)
+        self._openers: WeakSet[Opener] = WeakSet()
+        self._paused: list[Opener] = []
+        self._inherited: list[object] = []
+        self._guard = threading.Lock()
+        os.register_at_fork(before=self._pause, after_in_parent=self._resume, after_in_child=self._begin)
 
     def close_in_child(self, what: Closable) -> None:
         """What a forked child must not keep open, whether it ever uses it or not."""
         self._parents.add(what)
 
-    def _look(self) -> None:
+    def pause_for_forks(self, opener: Opener) -> None:
+        """Before it opens anything. Whoever has its lock must not ask for this."""
+        with self._guard:
+            self._openers.add(opener)
+
+    def keep(self, what: object) -> None:
+        """What came along from the parent, and would be closed with its last reference."""
+        self._inherited.append(what)
+
+    def _pause(self) -> None:
+        """In front of a fork. What cannot be closed in time is left to the child to abandon."""
+        self._guard.acquire()
+        until = time.monotonic() + PATIENCE
+        for opener in list(self._openers):
+            if opener.pause(max(0.0, until - time.monotonic())):
+                self._paused.append(opener)
+            else:
+                log.warning("this process is forked while a store is in use: the child may be refused by it")
+
+    def _resume(self) -> None:
+        paused, self._paused = self._paused, []
+        for opener in paused:
+            opener.resume()
+        self._guard.release()
+
+    def _begin(self) -> None:
+        """In a child. Where the host's server forks without Python's `os.fork`, nothing was paused."""
         self.pid = os.getpid()
+        self._guard = threading.Lock()
+        paused, self._paused = self._paused, []
+        for opener in list(self._openers):
+            if opener in paused:
+                opener.resume()
+            else:
+                self._openers.discard(opener)
+                opener.abandon()
         for what in list(self._parents):
             what.close()
 

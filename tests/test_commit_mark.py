@@ -133,7 +133,7 @@ async def give(store: SQLiteKeyStore, count: int) -> None:
 def questions(database: ConfigDatabase) -> list[str]:
     """Fills with the statements that the connection is asked, which watches for changes."""
     asked: list[str] = []
-    database._watch.get().set_trace_callback(asked.append)
+    database._watch.run(lambda connection: connection.set_trace_callback(asked.append))
     return asked
 
 

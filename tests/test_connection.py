@@ -6,6 +6,7 @@ import os
 import sqlite3
 import stat
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -60,19 +61,34 @@ def test_a_database_in_memory_makes_no_file(tmp_path: Path, monkeypatch: pytest.
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_forked_child_gets_a_connection_of_its_own_and_leaves_its_parents_open(monkeypatch: pytest.MonkeyPatch) -> None:
+def itself(opened: sqlite3.Connection) -> sqlite3.Connection:
+    return opened
+
+
+def is_open(opened: sqlite3.Connection) -> bool:
+    with suppress(sqlite3.ProgrammingError):
+        opened.execute("SELECT 1").close()
+        return True
+    return False
+
+
+def test_there_is_one_connection_until_it_is_closed() -> None:
     per_process = PerProcess(lambda: sqlite3.connect(":memory:"))
-    parents = per_process.get()
-    assert per_process.get() is parents
-    parent = os.getpid()
-    monkeypatch.setattr(os, "getpid", lambda: parent + 1)
-    childs = per_process.get()
-    assert childs is not parents
-    assert per_process.get() is childs
+    first = per_process.run(itself)
+    assert per_process.run(itself) is first
     per_process.close()
-    with pytest.raises(sqlite3.ProgrammingError):
-        childs.execute("SELECT 1")
-    assert parents.execute("SELECT 1").fetchone() == (1,)
+    assert not is_open(first)
+    assert is_open(per_process.run(itself))
+    per_process.close()
+
+
+def test_a_child_that_was_forked_without_a_pause_leaves_its_parents_connection_open() -> None:
+    per_process = PerProcess(lambda: sqlite3.connect(":memory:"))
+    parents = per_process.run(itself)
+    per_process.abandon()
+    assert per_process.run(itself) is not parents
+    per_process.close()
+    assert is_open(parents)
     parents.close()
 
 

@@ -183,15 +183,12 @@ class GroupCommit(Generic[Op, Result]):
             self._writer.put(waiters)
 
     def _forget_parent(self) -> None:
-        """In a forked child: the thread stayed behind, and the descriptor that came along must not keep the parent's lock alive."""
-        writer, self._writer = self._writer, None
-        self._ending = None
+        """In a forked child: the thread stayed behind."""
+        self._writer = self._ending = None
         self._gathered = {}
         self._came = 0
         self._guard = threading.Lock()
         self._pid = THIS.pid
-        if writer is not None:
-            writer.forget()
 
 
 def nothing() -> None:

@@ -50,6 +50,9 @@ class Turns(Protocol[Asked, Given]):
 
     def close(self) -> None: ...
 
+    def close_for_fork(self) -> None:
+        """Closes what a forked child must not share; the next turn opens it again, in the parent and in the child."""
+
 
 class Store(Protocol[Asked, Given]):
     """A file that turns are taken at. What is `quick` waits for no disk: it may be written on an event loop. What `lasts_at_once` needs no

@@ -12,6 +12,7 @@ from typing import ClassVar, Generic, NamedTuple
 
 from msgspec import Struct
 
+from ..process import THIS
 from ..wakeup import Wakeup, ring_all
 from .turns import Op, Result, Store
 
@@ -89,6 +90,8 @@ class Writer(Generic[Op, Result]):
         self._turns = store.turns()
         self._lasts_at_once = store.lasts_at_once
         self._turn = threading.Lock()
+        self._sync = threading.Lock()
+        """Held during a sync, which needs no turn; a fork waits for both."""
         self._queue: SimpleQueue[list[Waiter[Op, Result]] | Committed[Op, Result] | None] = SimpleQueue()
         self._guard = threading.Lock()
         self._asked = 0
@@ -101,6 +104,7 @@ class Writer(Generic[Op, Result]):
         self._unnoted_since: float | None = None
         self._resting_until = 0.0
         self._stopping = self._stopped = False
+        THIS.pause_for_forks(self)
         self._thread = threading.Thread(target=self._work, name=f"aigateway-{store.name}", daemon=True)
         self._thread.start()
 
@@ -118,8 +122,22 @@ class Writer(Generic[Op, Result]):
     def join(self) -> None:
         self._thread.join()
 
-    def forget(self) -> None:
-        self._turns.lock.close()
+    def pause(self, timeout: float) -> bool:
+        until = time.monotonic() + timeout
+        if not self._turn.acquire(timeout=timeout):
+            return False
+        if not self._sync.acquire(timeout=max(0.0, until - time.monotonic())):
+            self._turn.release()
+            return False
+        self._turns.close_for_fork()
+        return True
+
+    def resume(self) -> None:
+        self._sync.release()
+        self._turn.release()
+
+    def abandon(self) -> None:
+        THIS.keep(self)
 
     def at_once(self, waiters: Sequence[Waiter[Op, Result]], again: Again) -> AtOnce:
         """Carries them out on the thread of their event loop, if nothing is under way but a sync, they are few and nothing has to be waited
@@ -252,7 +270,8 @@ class Writer(Generic[Op, Result]):
     def _synced(self, outcomes: Sequence[Result | BaseException]) -> Sequence[Result | BaseException]:
         """The same, once they last. Nobody is told of what may not: whoever asked has to find out."""
         try:
-            self._turns.sync()
+            with self._sync:
+                self._turns.sync()
         except Exception as error:  # noqa: BLE001  # as above
             with self._turn:
                 return self._turns.fail(error, len(outcomes))

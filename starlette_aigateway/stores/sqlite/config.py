@@ -147,7 +147,7 @@ class ConfigDatabase:
     async def __aenter__(self) -> Self:
         try:
             self.version()
-            await anyio.to_thread.run_sync(look_for_damage, self._reader.get(), self._path, REMEDY)
+            await anyio.to_thread.run_sync(self._reader.run, lambda connection: look_for_damage(connection, self._path, REMEDY))
         except BaseException:
             self.close()
             raise
@@ -166,7 +166,7 @@ class ConfigDatabase:
 
     def _data_version(self) -> int:
         try:
-            row = self._watch.get().execute("PRAGMA data_version").fetchone()
+            row = self._watch.run(lambda connection: connection.execute("PRAGMA data_version").fetchone())
         except sqlite3.Error as error:
             raise self._unreadable(error, self._watch) from error
         return self._openings << 32 | int(row[0])  # the pragma's numbers of two connections cannot be compared
@@ -174,7 +174,7 @@ class ConfigDatabase:
     def read(self, op: Read[T]) -> T:
         """Runs short queries, now. Raises `InvalidArgument` for a value that no row can hold."""
         try:
-            return op(self._reader.get())
+            return self._reader.run(op)
         except UNSTORABLE:
             raise _unstorable() from None
         except sqlite3.Error as error:

@@ -6,12 +6,16 @@ import os
 import sqlite3
 import stat
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 from ...errors import ConfigurationError, StorageDamaged
+from ...process import THIS
+
+T = TypeVar("T")
 
 Durability = Literal["FULL", "NORMAL", "OFF"]
 """`PRAGMA synchronous`. In WAL mode only `FULL` syncs each commit to the disk (https://sqlite.org/pragma.html#pragma_synchronous)."""
@@ -194,30 +198,43 @@ def file_system(path: Path) -> str | None:
 
 
 class PerProcess:
-    """A connection that is opened at its first use and again in a forked child: SQLite's must not be carried over a fork."""
+    """One connection for short queries, opened at its first use, and again after a fork in the parent and in the child."""
 
     def __init__(self, connect: Callable[[], sqlite3.Connection]) -> None:
         self._connect = connect
-        self._pid = 0
         self._connection: sqlite3.Connection | None = None
-        self._inherited: list[sqlite3.Connection] = []
+        self._begin()
 
-    def get(self) -> sqlite3.Connection:
-        if self._connection is None or self._pid != os.getpid():
-            self._keep_parents()
-            self._connection = self._connect()
-            self._pid = os.getpid()
-        return self._connection
+    def _begin(self) -> None:
+        self._lock = threading.Lock()
+        THIS.pause_for_forks(self)
+
+    def run(self, read: Callable[[sqlite3.Connection], T]) -> T:
+        """`read`, now, which must not ask for another one. Raises what it raises, and what opening raises."""
+        with self._lock:
+            if self._connection is None:
+                self._connection = self._connect()
+            return read(self._connection)
 
     def close(self) -> None:
-        self._keep_parents()
-        if self._connection is not None:
-            self._connection.close()
-        self._connection = None
+        with self._lock:
+            self._close()
 
-    def _keep_parents(self) -> None:
-        """A forked child must not even close its parent's connection (https://sqlite.org/howtocorrupt.html, section 2.6), which is what
-        losing the last reference to it would do."""
-        if self._connection is not None and self._pid != os.getpid():
-            self._inherited.append(self._connection)
-            self._connection = None
+    def pause(self, timeout: float) -> bool:
+        if not self._lock.acquire(timeout=timeout):
+            return False
+        self._close()
+        return True
+
+    def resume(self) -> None:
+        self._lock.release()
+
+    def abandon(self) -> None:
+        THIS.keep(self._connection)
+        self._connection = None
+        self._begin()
+
+    def _close(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.close()

@@ -17,7 +17,7 @@ from ...errors import AIGatewayError, StorageUnavailable
 from ...policy.budgets import check_moment
 from ...protocols import Claim
 from ..commit import GroupCommit
-from .connection import connect
+from .connection import PerProcess, connect
 from .transactions import StoreFile
 
 SCHEMA = (
@@ -101,8 +101,15 @@ class SQLiteIdempotencyStore:
         """Raises `ConfigurationError` for a file of a newer release. One that cannot be opened fails the calls that need it, no others."""
         with suppress(StorageUnavailable):
             if self._path.exists():
-                await anyio.to_thread.run_sync(lambda: self._connect().close())
+                await anyio.to_thread.run_sync(self._try_to_open)
         return self
+
+    def _try_to_open(self) -> None:
+        opened = PerProcess(self._connect)
+        try:
+            opened.run(lambda _: None)
+        finally:
+            opened.close()
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         with anyio.CancelScope(shield=True):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import sqlite3
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
@@ -11,29 +12,56 @@ from typing import TypeVar
 import anyio.to_thread
 
 from ...errors import AIGatewayError, StorageUnavailable
+from ...process import THIS
 
 T = TypeVar("T")
 
 
 class Readers:
-    """Connections that are opened as they are needed, kept for the next reader, and not carried over a fork."""
+    """Connections that are opened as they are needed, kept for the next reader, and closed for a fork."""
 
     KEPT = 4
 
     def __init__(self, connect: Callable[[], sqlite3.Connection], name: str) -> None:
         self._connect = connect
         self._name = name
-        self._pid = os.getpid()
+        self._begin()
+
+    def _begin(self) -> None:
+        self._change = threading.Condition(threading.Lock())
         self._idle: list[sqlite3.Connection] = []
+        self._reading = 0
+        """Those who have a connection open, or are about to."""
+        THIS.pause_for_forks(self)
 
     async def run(self, read: Callable[[sqlite3.Connection], T]) -> T:
         """`read` in a worker thread, on one snapshot. Raises `StorageUnavailable` where the database fails."""
         return await anyio.to_thread.run_sync(self._read, read)
 
     def close(self) -> None:
-        if self._pid == os.getpid():
-            while self._idle:
-                self._idle.pop().close()
+        with self._change:
+            self._close_idle()
+
+    def pause(self, timeout: float) -> bool:
+        until = time.monotonic() + timeout
+        if not self._change.acquire(timeout=timeout):
+            return False
+        if not self._change.wait_for(lambda: not self._reading, until - time.monotonic()):
+            self._change.release()
+            return False
+        self._close_idle()
+        return True
+
+    def resume(self) -> None:
+        self._change.release()
+
+    def abandon(self) -> None:
+        THIS.keep(self._idle)
+        self._begin()
+
+    def _close_idle(self) -> None:
+        while self._idle:
+            self._idle.pop().close()
 
     def _read(self, read: Callable[[sqlite3.Connection], T]) -> T:
         try:
@@ -44,21 +72,31 @@ class Readers:
 
     @contextmanager
     def _snapshot(self) -> Iterator[sqlite3.Connection]:
-        if self._pid != os.getpid():
-            self._pid, self._idle = os.getpid(), []
-        connection = self._take()
-        try:
-            connection.execute("BEGIN")
-            yield connection
-            connection.execute("COMMIT")
-        except AIGatewayError:
-            connection.execute("ROLLBACK")
+        with self._counted():
+            connection = self._take()
+            try:
+                connection.execute("BEGIN")
+                yield connection
+                connection.execute("COMMIT")
+            except AIGatewayError:
+                connection.execute("ROLLBACK")
+                self._keep(connection)
+                raise
+            except BaseException:
+                connection.close()
+                raise
             self._keep(connection)
-            raise
-        except BaseException:
-            connection.close()
-            raise
-        self._keep(connection)
+
+    @contextmanager
+    def _counted(self) -> Iterator[None]:
+        with self._change:
+            self._reading += 1
+        try:
+            yield
+        finally:
+            with self._change:
+                self._reading -= 1
+                self._change.notify_all()
 
     def _take(self) -> sqlite3.Connection:
         try:

@@ -151,6 +151,10 @@ class Transactions(Generic[Op, Result]):
         finally:
             self.lock.close()
 
+    def close_for_fork(self) -> None:
+        self.note()
+        self.close()
+
     def _open(self) -> sqlite3.Connection:
         witness, mark = self._store.witness, self._store.mark
         if self._connection is None:

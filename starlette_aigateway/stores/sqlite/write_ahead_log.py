@@ -22,7 +22,7 @@ class WriteAheadLog:
     The system tells each open file of a failed write once, and takes the page for written from then on. So after a sync that failed, no
     later one is believed: all raise, until `write_back` has brought everything into the database itself, and the log begins anew.
 
-    SQLite removes the log when it closes the last connection. A process that was forked from one with open connections is not counted
+    SQLite removes the log when it closes the last connection. A process that was forked over open connections (`process.py`) is not counted
     (https://sqlite.org/howtocorrupt.html, section 2.6): its log may be removed while it commits to it, and what SQLite keeps of it in that
     process is wrong from then on. So a log that is gone makes every commit of this process fail, until it is started anew.
     """
@@ -62,7 +62,7 @@ class WriteAheadLog:
         if self._removed:
             raise StorageUnavailable(
                 f"{Path(self._path).name} was removed while this process had it open: start it anew. A process that is forked has to"
-                " open its files itself; close the gateway before",
+                " open its files itself; where the fork is not Python's own, close the gateway before",
                 retry_after=1.0,
             )
 

@@ -100,6 +100,9 @@ class WindowTurns:
         self._forget()
         self.lock.close()
 
+    def close_for_fork(self) -> None:
+        """Nothing: a child may have the file mapped as well, and closes the descriptor of the lock by itself."""
+
     def _open(self) -> WindowLog | Unkept:
         if self._file.path is None:
             self._kept = Unkept()

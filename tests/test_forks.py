@@ -1,0 +1,357 @@
+"""A process that has used its stores may be forked: all files are closed for that, and parent and child open them anew."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sqlite3
+import threading
+from collections.abc import Callable
+from contextlib import closing, suppress
+from functools import partial
+from pathlib import Path
+from typing import Any, NoReturn
+
+import anyio
+import pytest
+
+from starlette_aigateway import process
+from starlette_aigateway.accounts import Hold
+from starlette_aigateway.cache import DiskResponseCache
+from starlette_aigateway.stores.sqlite import write_ahead_log
+from starlette_aigateway.stores.sqlite.config import ConfigDatabase
+from starlette_aigateway.stores.sqlite.connection import PerProcess
+from starlette_aigateway.stores.sqlite.idempotency import SQLiteIdempotencyStore
+from starlette_aigateway.stores.sqlite.ledger import SQLiteLedger
+from starlette_aigateway.stores.sqlite.ledger_batch import Batch
+from starlette_aigateway.stores.sqlite.readers import Readers
+from starlette_aigateway.stores.writer import Writer
+from starlette_aigateway.testing.cache import key
+from starlette_aigateway.testing.ledger_kit import NOON, hold_request
+
+pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")  # such forks are what is tested
+
+NAMES = {"parent", "child", "later", "parent again"}
+
+
+class Child:
+    """A forked process that does `work`, which gets a function that waits for `go`."""
+
+    def __init__(self, work: Callable[[Callable[[], object]], object]) -> None:
+        to_child, from_parent = os.pipe()
+        self._go = from_parent
+        self._pid = os.fork()
+        if self._pid == 0:
+            os.close(from_parent)
+            self._be(partial(work, partial(os.read, to_child, 1)))
+        os.close(to_child)
+
+    def _be(self, work: Callable[[], object]) -> NoReturn:
+        status = 1
+        try:
+            work()
+            status = 0
+        except BaseException as error:  # noqa: BLE001  # whatever it is, nobody else tells it
+            os.write(2, f"{error!r}\n".encode())
+        finally:
+            os._exit(status)
+
+    def go(self) -> None:
+        os.close(self._go)
+
+    def end(self) -> None:
+        assert os.waitstatus_to_exitcode(os.waitpid(self._pid, 0)[1]) == 0, "its standard error says why"
+
+
+def rows(path: Path, query: str) -> set[str]:
+    with closing(sqlite3.connect(path)) as connection:
+        return {name for (name,) in connection.execute(query)}
+
+
+class Books:
+    """The ledger."""
+
+    def __init__(self, directory: Path) -> None:
+        self._path = directory / "ledger.db"
+        self.ledger = SQLiteLedger(self._path)
+
+    async def write(self, name: str) -> Hold:
+        return await self.ledger.reserve(hold_request(name, 1), now=NOON)
+
+    async def close(self) -> None:
+        await self.ledger.aclose()
+
+    def written(self) -> set[str]:
+        return {name.removeprefix("use_") for name in rows(self._path, "SELECT hold FROM entries WHERE kind = 'hold'")}
+
+
+class Config:
+    def __init__(self, directory: Path) -> None:
+        self._path = directory / "config.db"
+        self.database = ConfigDatabase(self._path)
+
+    async def write(self, name: str) -> None:
+        def insert(connection: sqlite3.Connection) -> None:
+            connection.execute("INSERT INTO tenants (id, limits) VALUES (?, '{}')", (name,))
+
+        await self.database.write(insert)
+        assert self.database.read(lambda connection: connection.execute("SELECT 1 FROM tenants WHERE id = ?", (name,)).fetchone())
+
+    async def close(self) -> None:
+        self.database.close()
+
+    def written(self) -> set[str]:
+        return rows(self._path, "SELECT id FROM tenants")
+
+
+class Answers:
+    """Of the idempotency keys."""
+
+    def __init__(self, directory: Path) -> None:
+        self._path = directory / "answers.db"
+        self.store = SQLiteIdempotencyStore(self._path)
+
+    async def write(self, name: str) -> None:
+        await self.store.claim(name, "fingerprint", holder="me", until=NOON, now=NOON)
+
+    async def close(self) -> None:
+        await self.store.aclose()
+
+    def written(self) -> set[str]:
+        return rows(self._path, "SELECT key FROM answers")
+
+
+class Cached:
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory / "cache"
+        self.cache = DiskResponseCache(self._directory)
+
+    async def write(self, name: str) -> None:
+        await self.cache.put(key(name), name.encode(), 60)
+        await self.cache.flush()
+
+    async def close(self) -> None:
+        self.cache.close()
+
+    def written(self) -> set[str]:
+        async def read() -> set[str]:
+            async with DiskResponseCache(self._directory) as cache:
+                return {name for name in NAMES if await cache.get(key(name)) is not None}
+
+        return anyio.run(read)
+
+
+Store = Books | Config | Answers | Cached
+
+
+@pytest.fixture(params=[Books, Config, Answers, Cached], ids=lambda kind: kind.__name__.lower())
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
+    made: Store = request.param(tmp_path)
+    return made
+
+
+def test_what_a_child_writes_after_its_parent_closed_the_files_is_in_them(store: Store) -> None:
+    anyio.run(store.write, "parent")
+
+    def work(wait: Callable[[], object]) -> None:
+        anyio.run(store.write, "child")
+        wait()
+        anyio.run(store.write, "later")
+        anyio.run(store.close)
+
+    child = Child(work)
+    anyio.run(store.write, "parent again")
+    anyio.run(store.close)
+    child.go()
+    child.end()
+    assert store.written() == NAMES
+
+
+def test_what_a_parent_writes_after_its_child_closed_the_files_is_in_them(store: Store) -> None:
+    anyio.run(store.write, "parent")
+
+    def work(wait: Callable[[], object]) -> None:
+        wait()
+        anyio.run(store.write, "child")
+        anyio.run(store.close)
+
+    child = Child(work)
+    anyio.run(store.write, "parent again")
+    child.go()
+    child.end()
+    anyio.run(store.write, "later")
+    anyio.run(store.close)
+    assert store.written() == NAMES
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="the system does not say what is open")
+def test_no_database_is_open_in_the_moment_of_a_fork(store: Store, tmp_path: Path) -> None:
+    anyio.run(store.write, "parent")
+    assert any(name.endswith(".db") for name in open_files(tmp_path))
+
+    def work(_: Callable[[], object]) -> None:
+        left = {name for name in open_files(tmp_path) if name.endswith((".db", ".db-wal", ".db-shm", ".lock"))}
+        assert not left, left
+
+    Child(work).end()
+    anyio.run(store.close)
+
+
+def open_files(directory: Path) -> set[str]:
+    """Of this process, in `directory`."""
+    names: set[str] = set()
+    for entry in Path("/proc/self/fd").iterdir():
+        with suppress(FileNotFoundError):  # that of the listing itself
+            names.add(str(entry.readlink()).removesuffix(" (deleted)"))
+    return {name for name in names if name.startswith(str(directory))}
+
+
+def test_a_childs_child_may_write_too(store: Store) -> None:
+    anyio.run(store.write, "parent")
+
+    def work(_: Callable[[], object]) -> None:
+        anyio.run(store.write, "child")
+        Child(lambda _: anyio.run(store.write, "later")).end()
+        anyio.run(store.write, "parent again")
+        anyio.run(store.close)
+
+    Child(work).end()
+    anyio.run(store.close)
+    assert store.written() == NAMES
+
+
+async def until(true: Callable[[], bool]) -> None:
+    with anyio.fail_after(10):
+        while not true():
+            await anyio.sleep(0.001)
+
+
+@pytest.fixture
+def books(tmp_path: Path) -> Books:
+    return Books(tmp_path)
+
+
+class Asked:
+    """Whether a fork waits for somebody, and what lets go of the files then."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, kind: type[Writer[Any, Any]] | type[Readers]) -> None:
+        self._asked = threading.Event()
+        self.reached = threading.Event()
+        pause = kind.pause
+
+        def tell(opener: Any, timeout: float) -> bool:
+            self._asked.set()
+            return pause(opener, timeout)
+
+        monkeypatch.setattr(kind, "pause", tell)
+
+    def hold_on(self) -> None:
+        """With the files in use, until a fork waits for them."""
+        self.reached.set()
+        assert self._asked.wait(10), "nobody forks"
+
+
+def in_a_thread(work: Callable[[], object], reached: threading.Event) -> threading.Thread:
+    """Begins `work`, and returns once it has got there."""
+    thread = threading.Thread(target=work)
+    thread.start()
+    assert reached.wait(10)
+    return thread
+
+
+def test_a_fork_waits_for_a_transaction_and_both_sides_go_on_after_it(books: Books, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = Asked(monkeypatch, Writer)
+    apply = Batch.flush
+
+    def slowly(batch: Batch) -> None:
+        if not asked.reached.is_set():
+            asked.hold_on()
+        apply(batch)
+
+    anyio.run(books.ledger.ping)
+    monkeypatch.setattr(Batch, "flush", slowly)
+    thread = in_a_thread(partial(anyio.run, books.write, "parent"), asked.reached)
+    child = Child(lambda _: anyio.run(books.write, "child"))
+    thread.join()
+    child.end()
+    anyio.run(books.write, "later")
+    anyio.run(books.close)
+    assert books.written() == {"parent", "child", "later"}
+
+
+def test_a_fork_waits_for_a_sync_and_who_waits_for_that_is_told(books: Books, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = Asked(monkeypatch, Writer)
+    synced: list[int] = []
+
+    def slowly(descriptor: int) -> None:
+        if not synced:
+            asked.hold_on()
+        os.fsync(descriptor)
+        synced.append(descriptor)
+
+    anyio.run(books.ledger.ping)
+    monkeypatch.setattr(write_ahead_log, "_datasync", slowly)
+    told: list[str] = []
+
+    async def write() -> None:
+        told.append((await books.write("parent")).id)
+
+    thread = in_a_thread(partial(anyio.run, write), asked.reached)
+    Child(lambda _: anyio.run(books.write, "child")).end()
+    thread.join()
+    assert told == ["use_parent"]
+    anyio.run(books.close)
+    assert books.written() == {"parent", "child"}
+
+
+def test_a_fork_waits_for_a_report(books: Books, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = Asked(monkeypatch, Readers)
+    anyio.run(books.write, "parent")
+    found: list[Any] = []
+
+    def read(connection: sqlite3.Connection) -> None:
+        asked.hold_on()
+        found.extend(connection.execute("SELECT hold FROM entries"))
+
+    thread = in_a_thread(partial(anyio.run, books.ledger._readers.run, read), asked.reached)
+    Child(lambda _: anyio.run(books.write, "child")).end()
+    thread.join()
+    assert found == [("use_parent",)]
+    anyio.run(books.close)
+    assert books.written() == {"parent", "child"}
+
+
+def test_a_fork_does_not_wait_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(process, "PATIENCE", 0.05)
+    reached, forked = threading.Event(), threading.Event()
+    per_process = PerProcess(lambda: sqlite3.connect(tmp_path / "a.db", check_same_thread=False))
+
+    def read(connection: sqlite3.Connection) -> int:
+        reached.set()
+        assert forked.wait(10)
+        return int(connection.execute("SELECT 1").fetchone()[0])
+
+    found: list[int] = []
+    thread = in_a_thread(lambda: found.append(per_process.run(read)), reached)
+    with caplog.at_level(logging.WARNING):
+        child = Child(lambda _: per_process.run(lambda connection: connection.execute("SELECT 1").close()))
+    forked.set()
+    child.end()
+    thread.join()
+    assert found == [1]
+    assert caplog.messages == ["this process is forked while a store is in use: the child may be refused by it"]
+    per_process.close()
+
+
+def test_a_parent_finds_its_cached_answers_on_disk_after_a_fork(tmp_path: Path) -> None:
+    cache = DiskResponseCache(tmp_path / "cache", memory_entries=0)
+
+    async def put() -> None:
+        await cache.put(key("a"), b"a", 60)
+        await cache.flush()
+
+    anyio.run(put)
+    Child(lambda _: None).end()
+    anyio.run(until, lambda: cache._worker().files._reader is not None)
+    assert anyio.run(cache.get, key("a")) == b"a"
+    cache.close()
