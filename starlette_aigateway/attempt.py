@@ -7,7 +7,7 @@ from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from time import monotonic
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 import anyio
 from msgspec.structs import replace
@@ -49,6 +49,7 @@ class Attempt:
         self.timeout = timeout = silence(call, priced, timeouts)
         self._begun = monotonic()
         self._deadline = job.inner(timeout)
+        self._opening: AbstractAsyncContextManager[ProviderAnswer] | None = None
 
     @property
     def kept_bound(self) -> int | None:
@@ -93,7 +94,13 @@ class Attempt:
             read=self._timeouts.read,
             request_id=call.request_id,
         )
-        return self.priced.provider.adapter.open(provider_call)
+        self._opening = self.priced.provider.adapter.open(provider_call)
+        return self._opening
+
+    @property
+    def unsent(self) -> bool:
+        """Whether the provider can have heard nothing yet, and says so."""
+        return getattr(self._opening, "unsent", False) is True
 
     def __enter__(self) -> None:
         """Around everything that the provider does: whatever of it goes wrong comes out as a `ProviderError`."""
@@ -106,7 +113,8 @@ class Attempt:
             if deadline.cancelled_caught and self.waits_for_reader:
                 raise ReaderLeft from None
             if deadline.cancelled_caught:
-                raise ProviderTimeout(f"{provider} did not answer within {self.timeout:g} seconds", billed="unknown") from None
+                billed: Literal["no", "unknown"] = "no" if self.unsent else "unknown"
+                raise ProviderTimeout(f"{provider} did not answer within {self.timeout:g} seconds", billed=billed) from None
         else:
             deadline.__exit__(None, None, None)
             raise ProviderError(f"{provider} failed unexpectedly", billed="unknown") from error
@@ -118,6 +126,8 @@ class Attempt:
     def broken_off(self, error: ProviderError | None) -> Settlement | None:
         """For an answer that was not read to its end: the provider failed, or, for None, the client left. None: nothing was charged.
         Where the whole bill had come by then, that is booked."""
+        if error is None and self.unsent:
+            return None
         price, latency_ms = self.priced.price, self.latency_ms
         meter = self.meter
         said = meter is not None and meter.has_output

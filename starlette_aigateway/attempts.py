@@ -188,8 +188,11 @@ class Attempts:
 
     async def _abandoned(self, attempt: Attempt) -> None:
         settlement = attempt.settlement or attempt.broken_off(None)
-        assert settlement is not None, "what was sent is charged"
-        await self._settle(attempt, settlement)
+        if settlement is None:
+            attempt.job.asks = None
+            await self._holds.release(attempt.job, attempt.hold)
+        else:
+            await self._settle(attempt, settlement)
 
     async def _begin(
         self, call: Call, offer: Offer, job: Job[Done], target: Target, failures: Sequence[Failure], replaces: Hold | None

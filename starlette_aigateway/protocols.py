@@ -266,7 +266,8 @@ class Adapter(Protocol):
     """The fuller seam that our own providers speak; simple providers are wrapped into it. The same optional attributes as `Provider`.
 
     `open` sends the request, waits for the status and raises `ProviderError` for one that is not a success; leaving it closes the
-    connection. An adapter may also be an async context manager, entered once per process and event loop.
+    connection. What it gives may have an attribute `unsent`, true while the provider can have heard nothing: a call that is given up then
+    costs nothing. An adapter may also be an async context manager, entered once per process and event loop.
     """
 
     name: str
@@ -302,7 +303,8 @@ class Transport(Protocol):
     """HTTP to providers: send; status, headers, byte stream; close.
 
     Raises `ProviderError(billed="no")` where the request certainly was not sent (refused, DNS, TLS, connect timeout), `ProviderTimeout`
-    and `ProviderError(billed="unknown")` otherwise. Redirects are not followed. `connect` and `read` are seconds.
+    and `ProviderError(billed="unknown")` otherwise. Redirects are not followed. `connect` and `read` are seconds. What `send` gives may
+    have an attribute `unsent`, true while it is certain that nothing of the request was sent, and never after that.
     """
 
     def send(self, request: HTTPRequest, *, connect: float, read: float) -> AbstractAsyncContextManager[HTTPAnswer]: ...

@@ -25,6 +25,8 @@ from starlette_aigateway.providers.transport_httptools import HttptoolsTransport
 from starlette_aigateway.providers.transport_httpx import HttpxTransport
 from starlette_aigateway.testing.transport import PATIENCE, Exchange, Handler, RawServer, TransportContract, post, raw_server
 
+from .mute_server import mute_server
+
 SELF_SIGNED = """\
 -----BEGIN PRIVATE KEY-----
 MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQg7qZTMMIlGBB+UKID
@@ -247,18 +249,44 @@ async def test_proxies_of_the_environment_are_used_only_if_asked_for(trust_env: 
         await transport.aclose()
 
 
-@pytest.mark.parametrize(
+UNCLOSED = pytest.mark.filterwarnings("ignore:unclosed .*:ResourceWarning")
+"""httpx leaves the socket of a handshake that is cancelled to the garbage collector."""
+
+each_transport = pytest.mark.parametrize(
     ("anyio_backend", "make"),
     [
         ("asyncio", HttptoolsTransport),
         (("asyncio", {"use_uvloop": True}), HttptoolsTransport),
         ("asyncio", AiohttpTransport),
-        ("asyncio", lambda: HttpxTransport(library="httpx2")),
-        ("asyncio", lambda: HttpxTransport(library="httpx")),
-        ("trio", lambda: HttpxTransport(library="httpx2")),
-        ("trio", lambda: HttpxTransport(library="httpx")),
+        pytest.param("asyncio", lambda: HttpxTransport(library="httpx2"), marks=UNCLOSED),
+        pytest.param("asyncio", lambda: HttpxTransport(library="httpx"), marks=UNCLOSED),
+        pytest.param("trio", lambda: HttpxTransport(library="httpx2"), marks=UNCLOSED),
+        pytest.param("trio", lambda: HttpxTransport(library="httpx"), marks=UNCLOSED),
     ],
 )
+
+
+@each_transport
+async def test_what_is_given_up_while_it_connects_says_that_nothing_was_sent(make: Callable[[], Transport], anyio_backend: str) -> None:
+    async with mute_server() as server:
+        transport = make()
+        sending = transport.send(post(server.url), connect=PATIENCE, read=PATIENCE)
+
+        async def send() -> None:
+            async with sending:
+                raise AssertionError("nobody answered")
+
+        with anyio.fail_after(PATIENCE):
+            async with anyio.create_task_group() as group:
+                group.start_soon(send)
+                await server.reached.wait()
+                group.cancel_scope.cancel()
+        await transport.aclose()
+    assert getattr(sending, "unsent", False) is True
+    gc.collect()  # what is left open is told of here
+
+
+@each_transport
 async def test_an_untrusted_certificate_is_refused_before_anything_is_sent(
     make: Callable[[], Transport], anyio_backend: str, self_signed: Path
 ) -> None:

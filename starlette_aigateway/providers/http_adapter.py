@@ -129,6 +129,10 @@ class Opening:
         self._adapter = adapter
         self._sent = sent
 
+    @property
+    def unsent(self) -> bool:
+        return getattr(self._sent, "unsent", False)
+
     async def __aenter__(self) -> UpstreamAnswer:
         answer = await self._sent.__aenter__()
         if 200 <= answer.status < 300:

@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
+from types import TracebackType
 from typing import Any, Generic, TypeVar, cast
 
 import anyio
@@ -47,6 +48,24 @@ def as_transport(transport: object) -> Transport:
     raise ConfigurationError(
         f"transport must be a Transport, an httpx.AsyncClient or an httpx2.AsyncClient, not {type(transport).__name__}", param="transport"
     )
+
+
+class Sending:
+    """What a transport gives for one request that it sends with a generator, `send`: that gets this, and sets `unsent` while nothing can
+    have gone out."""
+
+    __slots__ = ("_send", "_sent", "unsent")
+
+    def __init__(self, send: Callable[[Sending], AbstractAsyncContextManager[HTTPAnswer]]) -> None:
+        self._send = send
+        self.unsent = False
+
+    async def __aenter__(self) -> HTTPAnswer:
+        self._sent = self._send(self)
+        return await self._sent.__aenter__()
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> bool | None:
+        return await self._sent.__aexit__(kind, error, trace)
 
 
 class DefaultTransport:

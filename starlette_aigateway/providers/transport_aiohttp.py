@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
+from functools import partial
 from io import BytesIO
+from types import SimpleNamespace
 
 import aiohttp
 from aiohttp.http import HttpProcessingError
@@ -12,7 +14,7 @@ from yarl import URL
 
 from ..errors import ProviderError, ProviderTimeout
 from ..protocols import HTTPRequest
-from .transport import PerLoop
+from .transport import PerLoop, Sending
 
 KEEP_ALIVE_SECONDS = 55.0
 READ_BUFFER_BYTES = 2**18
@@ -29,8 +31,11 @@ class AiohttpTransport:
         self._trust_env = trust_env
         self._sessions = PerLoop(self._open, _close)
 
+    def send(self, request: HTTPRequest, *, connect: float, read: float) -> Sending:
+        return Sending(partial(self._send, request, connect, read))
+
     @asynccontextmanager
-    async def send(self, request: HTTPRequest, *, connect: float, read: float) -> AsyncIterator[AiohttpAnswer]:
+    async def _send(self, request: HTTPRequest, connect: float, read: float, sending: Sending) -> AsyncIterator[AiohttpAnswer]:
         session = await self._sessions.get()
         with _translated():
             response = await session.post(
@@ -39,6 +44,7 @@ class AiohttpTransport:
                 headers={"accept-encoding": "identity", **request.headers},
                 allow_redirects=False,
                 timeout=aiohttp.ClientTimeout(total=None, connect=connect, sock_connect=connect, sock_read=read),
+                trace_request_ctx=sending,
             )
         try:
             yield AiohttpAnswer(response)
@@ -54,7 +60,23 @@ class AiohttpTransport:
             cookie_jar=aiohttp.DummyCookieJar(),
             read_bufsize=READ_BUFFER_BYTES,
             trust_env=self._trust_env,
+            trace_configs=[_tracing()],
         )
+
+
+def _tracing() -> aiohttp.TraceConfig:
+    """Tells each `Sending` when its connection is made. Of one that was open before nothing is told."""
+    tracing = aiohttp.TraceConfig()
+
+    async def connects(session: aiohttp.ClientSession, request: SimpleNamespace, _: object) -> None:
+        request.trace_request_ctx.unsent = True
+
+    async def connected(session: aiohttp.ClientSession, request: SimpleNamespace, _: object) -> None:
+        request.trace_request_ctx.unsent = False
+
+    tracing.on_connection_create_start.append(connects)
+    tracing.on_connection_create_end.append(connected)
+    return tracing
 
 
 class AiohttpAnswer:

@@ -37,20 +37,22 @@ class HttptoolsTransport:
 
 
 class Exchange:
-    """One request and its answer. Left early, at whichever await, its connection is closed."""
+    """One request and its answer. Left early, at whichever await, its connection is closed. `unsent` until there is a connection."""
 
-    __slots__ = ("_connect", "_connection", "_pool", "_read", "_request", "_transport")
+    __slots__ = ("_connect", "_connection", "_pool", "_read", "_request", "_transport", "unsent")
 
     def __init__(self, transport: HttptoolsTransport, request: HTTPRequest, connect: float, read: float) -> None:
         self._transport = transport
         self._request = request
         self._connect = connect
         self._read = read
+        self.unsent = True
 
     async def __aenter__(self) -> Answer:
         origin, head = self._transport.head(self._request)
         self._pool = pool = await self._transport.pool()
         self._connection = connection = pool.take(origin) or await pool.open(origin, self._connect)
+        self.unsent = False
         body = self._request.body
         answer = connection.ask(b"%b%d\r\n\r\n" % (head, len(body)), body, patience=self._read)
         try:

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
 from contextlib import aclosing, asynccontextmanager, contextmanager
+from functools import partial
 from http.cookiejar import CookieJar, DefaultCookiePolicy
 from importlib import import_module
 from typing import Any
 
 from ..errors import ConfigurationError, ProviderError, ProviderTimeout
 from ..protocols import HTTPRequest
-from .transport import HTTPX_LIBRARIES, PerLoop
+from .transport import HTTPX_LIBRARIES, PerLoop, Sending
 
 KEEP_ALIVE_SECONDS = 55.0
+CONNECTS = frozenset({"connection.connect_tcp.started", "connection.connect_unix_socket.started"})
+SENDS = ".send_request_headers.started"
+"""Of HTTPX's trace (https://www.python-httpx.org/advanced/extensions/#trace). Of a proxy it is the first of both."""
 
 
 class HttpxTransport:
@@ -29,8 +33,11 @@ class HttpxTransport:
         self._trust_env = trust_env
         self._clients = PerLoop(self._open, _close)
 
+    def send(self, request: HTTPRequest, *, connect: float, read: float) -> Sending:
+        return Sending(partial(self._send, request, connect, read))
+
     @asynccontextmanager
-    async def send(self, request: HTTPRequest, *, connect: float, read: float) -> AsyncIterator[HttpxAnswer]:
+    async def _send(self, request: HTTPRequest, connect: float, read: float, sending: Sending) -> AsyncIterator[HttpxAnswer]:
         client = self._client if self._client is not None else await self._clients.get()
         with self._translated():
             response = await client.send(
@@ -40,6 +47,7 @@ class HttpxTransport:
                     content=request.body,
                     headers={"accept-encoding": "identity", **request.headers},
                     timeout=self._httpx.Timeout(connect=connect, read=read, write=read, pool=connect),
+                    extensions={"trace": partial(_trace, sending)},
                 ),
                 stream=True,
                 follow_redirects=False,
@@ -112,6 +120,14 @@ class HttpxAnswer:
                     return
                 if data:
                     yield data
+
+
+async def _trace(sending: Sending, event: str, _: object) -> None:
+    """Until its connection is made nothing is sent; where a client of the host's tells nothing, nothing is known."""
+    if event in CONNECTS:
+        sending.unsent = True
+    elif event.endswith(SENDS):
+        sending.unsent = False
 
 
 def _import(library: str | None) -> Any:

@@ -322,6 +322,20 @@ class TransportContract:
                 with anyio.CancelScope(shield=True):
                     await closed.wait()
 
+    async def test_nothing_is_said_to_be_unsent_that_has_come_in(self, transport: Transport) -> None:
+        said: list[bool] = []
+
+        async def handle(exchange: Exchange) -> None:
+            said.append(getattr(sending, "unsent", False))
+            await exchange.answer()
+
+        async with self.server(handle) as server:
+            for _ in range(2):
+                sending = transport.send(post(server.url), connect=PATIENCE, read=PATIENCE)
+                async with sending as answer:
+                    await answer.read(100)
+        assert said == [False, False]
+
     async def test_cookies_are_not_kept(self, transport: Transport) -> None:
         async def handle(exchange: Exchange) -> None:
             await exchange.answer(headers=b"set-cookie: a=b; path=/\r\n")

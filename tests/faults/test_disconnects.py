@@ -1,5 +1,6 @@
 """A caller that leaves before its answer is whole: the rest is read within bounds, or the upstream is closed at once; never a refund."""
 
+import gc
 from collections.abc import AsyncIterator
 from typing import Any, Literal
 
@@ -14,11 +15,14 @@ from starlette_aigateway import (
     CompletionRequest,
     ConfigurationError,
     ProviderError,
+    RetryPolicy,
     Timeouts,
     Usage,
     UsageRecord,
 )
+from starlette_aigateway.providers import OpenAIProvider
 
+from ..mute_server import mute_server
 from .kit import PRICES, WHO, FaultyLedger, Visitor, ask, gateway_over, held, outcomes, owned_by, read, until_booked, who_it_says
 
 pytestmark = pytest.mark.anyio
@@ -123,6 +127,41 @@ async def test_a_call_that_is_left_before_anything_came_is_closed_at_once_and_it
         record = await only_record(gateway)
     assert (record.outcome, record.cost) == ("ambiguous", full)
     assert [message.get("status") for message in visitor.sent] == [499, None], "an answer to nobody, which middleware waits for"
+
+
+UNCLOSED = pytest.mark.filterwarnings("ignore:unclosed .*:ResourceWarning")
+"""httpx2, which serves trio, leaves the socket of a handshake that is cancelled to the garbage collector."""
+
+
+@UNCLOSED
+@pytest.mark.parametrize(("stream", "mode"), [(False, "cancel"), (True, "cancel"), (True, "drain")])
+async def test_a_call_that_is_left_while_its_provider_is_connected_to_costs_nothing(ledger: FaultyLedger, mode: Mode, stream: bool) -> None:
+    async with mute_server() as server, OpenAIProvider("key", f"{server.url}/v1", name="mute") as mute:
+        gateway = gateway_for(ledger, mute, on_disconnect=mode, timeouts=Timeouts(drain=0.05, settle=5, storage=5))
+        visitor = Visitor(gateway, "/complete", stream=stream, max_tokens=1000)
+        async with owned_by(gateway, True), anyio.create_task_group() as group:
+            group.start_soon(visitor)
+            with anyio.fail_after(5):
+                await server.reached.wait()
+                assert await held(gateway) > 0
+                visitor.left.set()
+                while await held(gateway):
+                    await anyio.sleep(0.001)
+            record = await only_record(gateway)
+    gc.collect()
+    assert (record.outcome, record.cost) == ("released", 0)
+
+
+@UNCLOSED
+async def test_a_call_whose_time_is_over_while_its_provider_is_connected_to_costs_nothing(ledger: FaultyLedger) -> None:
+    async with mute_server() as server, OpenAIProvider("key", f"{server.url}/v1", name="mute") as mute:
+        mute.timeout = 0.05
+        async with gateway_for(ledger, mute, retries=RetryPolicy(rounds=1)) as gateway:
+            with pytest.raises(ProviderError), anyio.fail_after(5):
+                await gateway.complete(WHO, ask())
+            record = await only_record(gateway)
+    gc.collect()
+    assert (record.outcome, record.cost) == ("released", 0)
 
 
 @pytest.mark.parametrize(("stream", "mode"), [(False, "cancel"), (True, "cancel"), (True, "drain")])
