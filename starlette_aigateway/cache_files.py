@@ -187,11 +187,11 @@ class CacheFiles:
         self._close_files()
 
     def pause(self, timeout: float) -> bool:
-        if not self._using.acquire(timeout=timeout):
-            return False
+        return self._using.acquire(timeout=timeout)
+
+    def close_files(self) -> None:
         self._paused = None if self._writer is None else THIS.pid
         self._close_files()
-        return True
 
     def resume(self) -> None:
         self._using.release()

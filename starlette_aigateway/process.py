@@ -25,8 +25,10 @@ class Opener(Protocol):
     are not (https://sqlite.org/howtocorrupt.html, section 2.6)."""
 
     def pause(self, timeout: float) -> bool:
-        """Waits until nobody uses the files, closes them, and keeps everybody from opening them until `resume`. False after `timeout`
-        seconds in vain."""
+        """Waits until nobody uses the files, and keeps everybody from them until `resume`. False after `timeout` seconds in vain."""
+
+    def close_files(self) -> None:
+        """Between `pause` and `resume`."""
 
     def resume(self) -> None:
         """In the parent and in the child, in the thread that called `pause`."""
@@ -68,10 +70,14 @@ class Process:
         self._guard.acquire()
         until = time.monotonic() + PATIENCE
         for opener in list(self._openers):
-            if opener.pause(max(0.0, until - time.monotonic())):
-                self._paused.append(opener)
-            else:
+            if not opener.pause(max(0.0, until - time.monotonic())):
                 log.warning("this process is forked while a store is in use: the child may be refused by it")
+                continue
+            self._paused.append(opener)
+            try:
+                opener.close_files()
+            except Exception as error:  # noqa: BLE001  # whatever it is, nobody may be kept out after the fork
+                log.warning("a store could not be closed for a fork: %s", type(error).__name__)
 
     def _resume(self) -> None:
         paused, self._paused = self._paused, []

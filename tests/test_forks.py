@@ -343,6 +343,23 @@ def test_a_fork_does_not_wait_for_ever(tmp_path: Path, monkeypatch: pytest.Monke
     per_process.close()
 
 
+def test_what_cannot_be_closed_keeps_nobody_out_after_the_fork(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(_: object) -> None:
+        raise sqlite3.OperationalError("no")
+
+    per_process = PerProcess(lambda: sqlite3.connect(tmp_path / "a.db"))
+    per_process.run(lambda connection: connection.execute("SELECT 1").close())
+    with monkeypatch.context() as patched, caplog.at_level(logging.WARNING):
+        patched.setattr(PerProcess, "close_files", fail)
+        child = Child(lambda _: per_process.run(lambda connection: connection.execute("SELECT 1").close()))
+    child.end()
+    assert caplog.messages == ["a store could not be closed for a fork: OperationalError"]
+    per_process.run(lambda connection: connection.execute("SELECT 1").close())
+    per_process.close()
+
+
 def test_a_parent_finds_its_cached_answers_on_disk_after_a_fork(tmp_path: Path) -> None:
     cache = DiskResponseCache(tmp_path / "cache", memory_entries=0)
 

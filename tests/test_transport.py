@@ -6,7 +6,7 @@ import ssl
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, nullcontext
 from pathlib import Path
 
 import anyio
@@ -19,7 +19,7 @@ from anyio.streams.tls import TLSStream
 from starlette_aigateway.errors import ConfigurationError, ProviderError
 from starlette_aigateway.protocols import Transport
 from starlette_aigateway.providers.http1.dialing import tls_context
-from starlette_aigateway.providers.transport import DefaultTransport, PerLoop, as_transport, default_transport
+from starlette_aigateway.providers.transport import DefaultTransport, PerLoop, Sending, as_transport, default_transport
 from starlette_aigateway.providers.transport_aiohttp import AiohttpTransport
 from starlette_aigateway.providers.transport_httptools import HttptoolsTransport
 from starlette_aigateway.providers.transport_httpx import HttpxTransport
@@ -284,6 +284,16 @@ async def test_what_is_given_up_while_it_connects_says_that_nothing_was_sent(mak
         await transport.aclose()
     assert getattr(sending, "unsent", False) is True
     gc.collect()  # what is left open is told of here
+
+
+async def test_what_connects_again_after_it_has_sent_is_not_unsent() -> None:
+    """As a client of the host's does that answers a challenge."""
+    sending = Sending(lambda _: nullcontext())  # type: ignore[arg-type, return-value]  # never entered
+    said = []
+    for step in (sending.connects, sending.sends, sending.connects):
+        step()
+        said.append(sending.unsent)
+    assert said == [True, False, False]
 
 
 @each_transport

@@ -51,14 +51,20 @@ def as_transport(transport: object) -> Transport:
 
 
 class Sending:
-    """What a transport gives for one request that it sends with a generator, `send`: that gets this, and sets `unsent` while nothing can
-    have gone out."""
+    """What a transport gives for one request that it sends with a generator, `send`, which says to this when it `connects` and when it
+    `sends`. `unsent` is true in between, unless something went out before."""
 
-    __slots__ = ("_send", "_sent", "unsent")
+    __slots__ = ("_send", "_sends", "_sent", "unsent")
 
     def __init__(self, send: Callable[[Sending], AbstractAsyncContextManager[HTTPAnswer]]) -> None:
         self._send = send
-        self.unsent = False
+        self._sends = self.unsent = False
+
+    def connects(self) -> None:
+        self.unsent = not self._sends
+
+    def sends(self) -> None:
+        self._sends, self.unsent = True, False
 
     async def __aenter__(self) -> HTTPAnswer:
         self._sent = self._send(self)

@@ -69,10 +69,10 @@ def _tracing() -> aiohttp.TraceConfig:
     tracing = aiohttp.TraceConfig()
 
     async def connects(session: aiohttp.ClientSession, request: SimpleNamespace, _: object) -> None:
-        request.trace_request_ctx.unsent = True
+        request.trace_request_ctx.connects()
 
     async def connected(session: aiohttp.ClientSession, request: SimpleNamespace, _: object) -> None:
-        request.trace_request_ctx.unsent = False
+        request.trace_request_ctx.sends()
 
     tracing.on_connection_create_start.append(connects)
     tracing.on_connection_create_end.append(connected)

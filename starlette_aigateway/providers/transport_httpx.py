@@ -125,9 +125,9 @@ class HttpxAnswer:
 async def _trace(sending: Sending, event: str, _: object) -> None:
     """Until its connection is made nothing is sent; where a client of the host's tells nothing, nothing is known."""
     if event in CONNECTS:
-        sending.unsent = True
+        sending.connects()
     elif event.endswith(SENDS):
-        sending.unsent = False
+        sending.sends()
 
 
 def _import(library: str | None) -> Any:

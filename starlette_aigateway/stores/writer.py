@@ -129,8 +129,10 @@ class Writer(Generic[Op, Result]):
         if not self._sync.acquire(timeout=max(0.0, until - time.monotonic())):
             self._turn.release()
             return False
-        self._turns.close_for_fork()
         return True
+
+    def close_files(self) -> None:
+        self._turns.close_for_fork()
 
     def resume(self) -> None:
         self._sync.release()

@@ -218,13 +218,10 @@ class PerProcess:
 
     def close(self) -> None:
         with self._lock:
-            self._close()
+            self.close_files()
 
     def pause(self, timeout: float) -> bool:
-        if not self._lock.acquire(timeout=timeout):
-            return False
-        self._close()
-        return True
+        return self._lock.acquire(timeout=timeout)
 
     def resume(self) -> None:
         self._lock.release()
@@ -234,7 +231,8 @@ class PerProcess:
         self._connection = None
         self._begin()
 
-    def _close(self) -> None:
+    def close_files(self) -> None:
+        """Under the lock."""
         connection, self._connection = self._connection, None
         if connection is not None:
             connection.close()

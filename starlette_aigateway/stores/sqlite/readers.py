@@ -40,7 +40,7 @@ class Readers:
 
     def close(self) -> None:
         with self._change:
-            self._close_idle()
+            self.close_files()
 
     def pause(self, timeout: float) -> bool:
         until = time.monotonic() + timeout
@@ -49,7 +49,6 @@ class Readers:
         if not self._change.wait_for(lambda: not self._reading, until - time.monotonic()):
             self._change.release()
             return False
-        self._close_idle()
         return True
 
     def resume(self) -> None:
@@ -59,7 +58,8 @@ class Readers:
         THIS.keep(self._idle)
         self._begin()
 
-    def _close_idle(self) -> None:
+    def close_files(self) -> None:
+        """Under the lock."""
         while self._idle:
             self._idle.pop().close()
 
