@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import sqlite3
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from contextlib import closing, suppress
@@ -341,6 +343,61 @@ def test_a_fork_does_not_wait_for_ever(tmp_path: Path, monkeypatch: pytest.Monke
     assert found == [1]
     assert caplog.messages == ["this process is forked while a store is in use: the child may be refused by it"]
     per_process.close()
+
+
+UNDER_LOAD = """
+import asyncio, multiprocessing, sys
+from starlette_aigateway import AIGateway, Price, Principal
+from starlette_aigateway.testing import ScriptedProvider, Say
+
+gateway = AIGateway(providers=[ScriptedProvider(Say("hello"), repeat=True)], data_dir=sys.argv[1], prices={"m": Price(1, 1)})
+PARENT, CHILD = Principal("parent", hard_cap_usd="100"), Principal("child", hard_cap_usd="100")
+
+async def call(principal, text):
+    answer = await gateway.acting_as(principal).complete(model="m", messages=[{"role": "user", "content": text}], max_tokens=10)
+    return answer.cost_usd
+
+async def spent(principal):
+    return [budget.spent for budget in await gateway.budgets(principal) if budget.window == "total"]
+
+def child(number):
+    async def calls():
+        async with gateway:
+            for again in range(5):
+                await call(CHILD, f"child {number} {again}")
+    asyncio.run(calls())
+
+async def main():
+    made = [0] * 8
+    at_work = True
+
+    async def load(number):
+        while at_work:
+            made[number] += 1
+            await call(PARENT, f"parent {number} {made[number]}")
+
+    async with gateway:
+        price = round(await call(Principal("a"), "a") * 10**9)
+        loads = [asyncio.create_task(load(number)) for number in range(8)]
+        for number in range(10):
+            process = multiprocessing.get_context("fork").Process(target=child, args=(number,))
+            process.start()
+            await asyncio.to_thread(process.join)
+            assert process.exitcode == 0
+        at_work = False
+        await asyncio.gather(*loads)
+        assert await spent(PARENT) == [sum(made) * price]
+        assert await spent(CHILD) == [50 * price]
+        assert await gateway.check_ledger() == []
+
+asyncio.run(main())
+"""
+
+
+def test_forks_under_load_fail_no_call_and_lose_none(tmp_path: Path) -> None:
+    forking = [sys.executable, "-c", UNDER_LOAD, str(tmp_path)]
+    ran = subprocess.run(forking, capture_output=True, text=True, timeout=120, check=False)
+    assert (ran.returncode, ran.stderr) == (0, "")
 
 
 def test_what_cannot_be_closed_keeps_nobody_out_after_the_fork(
