@@ -44,6 +44,8 @@ class Attempt:
         self.settlement: Settlement | None = None
         self.job = job
         self.waits_for_reader = False
+        self.unsent = False
+        """Whether it broke off before the provider can have heard of it."""
         self._timeouts = timeouts
         self.output_bound = offer.output_bound(call.request, priced, hold.amount)
         self.timeout = timeout = silence(call, priced, timeouts)
@@ -97,17 +99,14 @@ class Attempt:
         self._opening = self.priced.provider.adapter.open(provider_call)
         return self._opening
 
-    @property
-    def unsent(self) -> bool:
-        """Whether the provider can have heard nothing yet, and says so."""
-        return getattr(self._opening, "unsent", False) is True
-
     def __enter__(self) -> None:
         """Around everything that the provider does: whatever of it goes wrong comes out as a `ProviderError`."""
         self._deadline.__enter__()
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         deadline, provider = self._deadline, self.priced.target.provider
+        opening, self._opening = self._opening, None
+        self.unsent = error is not None and getattr(opening, "unsent", False) is True
         if error is None or isinstance(error, AIGatewayError | ReaderLeft) or not foreign(error):
             deadline.__exit__(kind, error, trace)
             if deadline.cancelled_caught and self.waits_for_reader:

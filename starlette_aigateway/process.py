@@ -34,20 +34,22 @@ class Opener(Protocol):
         """In the parent and in the child, in the thread that called `pause`."""
 
     def abandon(self) -> None:
-        """In a child that was forked without a `pause`, or after one in vain: forgets whatever is the parent's, and closes nothing. Is
-        paused no more, unless it asks for that again."""
+        """In a child that was forked with the files open, since nothing was paused or closed: forgets whatever is the parent's, its locks
+        too, and closes nothing. Is paused no more, unless it asks for that again."""
 
 
 class Process:
     """`pid` is `os.getpid()`, in a forked child as well."""
 
-    __slots__ = ("_guard", "_inherited", "_openers", "_parents", "_paused", "pid")
+    __slots__ = ("_closed", "_guard", "_inherited", "_openers", "_parents", "_paused", "pid")
 
     def __init__(self) -> None:
         self.pid = os.getpid()
         self._parents: WeakSet[Closable] = WeakSet()
         self._openers: WeakSet[Opener] = WeakSet()
         self._paused: list[Opener] = []
+        self._closed: list[Opener] = []
+        """Those of them that have nothing open."""
         self._inherited: list[object] = []
         self._guard = threading.Lock()
         os.register_at_fork(before=self._pause, after_in_parent=self._resume, after_in_child=self._begin)
@@ -76,11 +78,12 @@ class Process:
             self._paused.append(opener)
             try:
                 opener.close_files()
+                self._closed.append(opener)
             except Exception as error:  # noqa: BLE001  # whatever it is, nobody may be kept out after the fork
                 log.warning("a store could not be closed for a fork: %s", type(error).__name__)
 
     def _resume(self) -> None:
-        paused, self._paused = self._paused, []
+        paused, self._paused, self._closed = self._paused, [], []
         for opener in paused:
             opener.resume()
         self._guard.release()
@@ -89,9 +92,9 @@ class Process:
         """In a child. Where the host's server forks without Python's `os.fork`, nothing was paused."""
         self.pid = os.getpid()
         self._guard = threading.Lock()
-        paused, self._paused = self._paused, []
+        closed, self._paused, self._closed = self._closed, [], []
         for opener in list(self._openers):
-            if opener in paused:
+            if opener in closed:
                 opener.resume()
             else:
                 self._openers.discard(opener)

@@ -8,6 +8,7 @@ import sqlite3
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from contextlib import closing, suppress
 from functools import partial
@@ -403,18 +404,71 @@ def test_forks_under_load_fail_no_call_and_lose_none(tmp_path: Path) -> None:
 def test_what_cannot_be_closed_keeps_nobody_out_after_the_fork(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def fail(_: object) -> None:
+    def fail() -> None:
         raise sqlite3.OperationalError("no")
 
     per_process = PerProcess(lambda: sqlite3.connect(tmp_path / "a.db"))
-    per_process.run(lambda connection: connection.execute("SELECT 1").close())
+    parents = per_process.run(lambda connection: connection)
     with monkeypatch.context() as patched, caplog.at_level(logging.WARNING):
-        patched.setattr(PerProcess, "close_files", fail)
-        child = Child(lambda _: per_process.run(lambda connection: connection.execute("SELECT 1").close()))
+        patched.setattr(per_process, "close_files", fail)
+        child = Child(lambda _: exit_unless(per_process.run(lambda connection: connection is not parents)))
     child.end()
     assert caplog.messages == ["a store could not be closed for a fork: OperationalError"]
-    per_process.run(lambda connection: connection.execute("SELECT 1").close())
+    assert per_process.run(lambda connection: connection) is parents
     per_process.close()
+
+
+def exit_unless(true: bool) -> None:
+    assert true
+
+
+def test_reports_that_follow_each_other_without_end_do_not_keep_a_fork(books: Books) -> None:
+    anyio.run(books.write, "parent")
+    under_way, over = threading.Semaphore(0), threading.Event()
+
+    def read(connection: sqlite3.Connection) -> None:
+        under_way.release()
+        time.sleep(0.02)
+
+    async def reports() -> None:
+        while not over.is_set():
+            await books.ledger._readers.run(read)
+
+    threads = [threading.Thread(target=anyio.run, args=(reports,)) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+        under_way.acquire()
+    began = time.monotonic()
+    Child(lambda _: anyio.run(books.write, "child")).end()
+    waited = time.monotonic() - began
+    over.set()
+    for thread in threads:
+        thread.join()
+    assert waited < process.PATIENCE
+    anyio.run(books.close)
+    assert books.written() == {"parent", "child"}
+
+
+def test_an_interrupt_while_a_fork_waits_for_a_report_locks_nobody_out(books: Books) -> None:
+    anyio.run(books.write, "parent")
+    readers, over, reached = books.ledger._readers, threading.Event(), threading.Event()
+
+    def read(connection: sqlite3.Connection) -> None:
+        reached.set()
+        assert over.wait(10)
+
+    def interrupt() -> NoReturn:
+        raise KeyboardInterrupt
+
+    thread = in_a_thread(partial(anyio.run, readers.run, read), reached)
+    readers._change.wait_for = lambda *_: interrupt()  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        readers.pause(10)
+    del readers._change.wait_for
+    over.set()
+    thread.join()
+    assert anyio.run(readers.run, lambda connection: connection.execute("SELECT 1").fetchone()) == (1,)
+    anyio.run(books.close)
 
 
 def test_a_parent_finds_its_cached_answers_on_disk_after_a_fork(tmp_path: Path) -> None:

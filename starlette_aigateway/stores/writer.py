@@ -126,10 +126,13 @@ class Writer(Generic[Op, Result]):
         until = time.monotonic() + timeout
         if not self._turn.acquire(timeout=timeout):
             return False
-        if not self._sync.acquire(timeout=max(0.0, until - time.monotonic())):
-            self._turn.release()
-            return False
-        return True
+        synced = False
+        try:
+            synced = self._sync.acquire(timeout=max(0.0, until - time.monotonic()))
+        finally:
+            if not synced:  # in vain, or interrupted
+                self._turn.release()
+        return synced
 
     def close_files(self) -> None:
         self._turns.close_for_fork()

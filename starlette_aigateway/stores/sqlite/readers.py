@@ -32,6 +32,8 @@ class Readers:
         self._idle: list[sqlite3.Connection] = []
         self._reading = 0
         """Those who have a connection open, or are about to."""
+        self._paused = False
+        """A fork waits for them, and lets no more come."""
         THIS.pause_for_forks(self)
 
     async def run(self, read: Callable[[sqlite3.Connection], T]) -> T:
@@ -46,12 +48,17 @@ class Readers:
         until = time.monotonic() + timeout
         if not self._change.acquire(timeout=timeout):
             return False
-        if not self._change.wait_for(lambda: not self._reading, until - time.monotonic()):
-            self._change.release()
-            return False
-        return True
+        free, self._paused = False, True
+        try:
+            free = self._change.wait_for(lambda: not self._reading, until - time.monotonic())
+        finally:
+            if not free:  # in vain, or interrupted
+                self.resume()
+        return free
 
     def resume(self) -> None:
+        self._paused = False
+        self._change.notify_all()
         self._change.release()
 
     def abandon(self) -> None:
@@ -90,6 +97,7 @@ class Readers:
     @contextmanager
     def _counted(self) -> Iterator[None]:
         with self._change:
+            self._change.wait_for(lambda: not self._paused)
             self._reading += 1
         try:
             yield

@@ -152,8 +152,10 @@ class Transactions(Generic[Op, Result]):
             self.lock.close()
 
     def close_for_fork(self) -> None:
-        self.note()
-        self.close()
+        try:
+            self.note()
+        finally:
+            self.close()
 
     def _open(self) -> sqlite3.Connection:
         witness, mark = self._store.witness, self._store.mark
