@@ -21,7 +21,7 @@ from .protocols import Clock
 from .wakeup import ring_all, wakeup
 
 OPEN_TIMEOUT = 1.0
-"""Seconds that the first read of a process waits for the files to be opened."""
+"""Seconds that calls wait for the files to be opened, at the first use and after a fork; once it was in vain, nobody else waits."""
 
 log = logging.getLogger("starlette_aigateway")
 
@@ -90,7 +90,7 @@ class DiskResponseCache:
     `directory` is made at the first use (0700); nothing is opened before, and a forked child opens its own. `size_limit` is in bytes on
     disk, where the entries stored first make room; `memory_entries` and `memory_bytes` bound the memory of each process.
 
-    - `put` waits for nothing, but for the files to be opened where it is the first use: a `get` in this process sees it at once, other
+    - `put` waits for nothing, but for the files to be opened where they are not yet: a `get` in this process sees it at once, other
       workers when the writer thread has committed it. What is not yet written when the process dies is lost.
     - An entry expires by `clock` in every worker. A `purge` holds in every worker from its next `get` on, also for what was put before it
       and not yet written; but not for what a worker put that could not open the files then.
@@ -169,7 +169,7 @@ class DiskResponseCache:
             await anyio.to_thread.run_sync(self.close)
 
     def _at_hand(self) -> Worker | None:
-        """This process's, once its files were opened, or could not be."""
+        """This process's, once its files were opened, or could not be, or were waited for in vain."""
         worker = self._workers.get(THIS.pid)
         return worker if worker is not None and worker.files.tried else None
 
@@ -177,6 +177,7 @@ class DiskResponseCache:
         worker = self._worker()
         if not worker.files.tried:
             await wait(worker.files.ask(worker.files.open), OPEN_TIMEOUT)
+            worker.files.tried = True
         return worker
 
     def _worker(self) -> Worker:

@@ -15,7 +15,7 @@ from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, ClassVar, NamedTuple, TypeAlias
 
 from msgspec import Struct
 
@@ -95,6 +95,8 @@ class CacheFiles:
     event loops and do not wait; `open`, `purge` are carried out on the thread, by `ask`.
     """
 
+    in_use_for_long: ClassVar[bool] = True
+
     def __init__(self, directory: Path, *, size_limit: int, clock: Clock, failed: Failed) -> None:
         self._directory = directory
         self._path = directory / NAME
@@ -121,9 +123,7 @@ class CacheFiles:
         self._cull_at = 0.0
         self._unculled = 0
         self.tried = False
-        """Whether the files were opened, or could not be."""
-        self._paused: int | None = None
-        """The process whose fork has closed them."""
+        """Whether the files were opened, or could not be. False again when they were closed for a fork."""
         THIS.pause_for_forks(self)
 
     def read(self, key: str, generation: Generation) -> Entry | None:
@@ -190,13 +190,11 @@ class CacheFiles:
         return self._using.acquire(timeout=timeout)
 
     def close_files(self) -> None:
-        self._paused = None if self._writer is None else THIS.pid
+        self.tried = False
         self._close_files()
 
     def resume(self) -> None:
         self._using.release()
-        if self._paused == THIS.pid:
-            self.ask(self.open)
 
     def abandon(self) -> None:
         THIS.keep(self)
@@ -206,23 +204,31 @@ class CacheFiles:
         if self._writer is not None and self._identity != identity(self._path):
             self._close_files()
         if self._writer is None and self._clock() >= self._retry_at:
-            self.tried = True
             self._retry_at = self._clock() + RETRY_AFTER
-            before = identity(self._path)
             try:
-                self._open_files()
-            except Exception as failure:  # noqa: BLE001  # a cache that cannot be opened is an empty cache
-                self._failed("open", failure)
-                self._close_files()
-                if not damaged(failure) and not isinstance(failure, sqlite3.ProgrammingError):  # a setting in the file that is no SQL
+                if not self._open_or_replace():
                     return 0
-                if identity(self._path) == before:
-                    self._set_aside()
-                self._open_files()
+            finally:
+                self.tried = True
             self._retry_at = float("-inf")
         if self._writer is not None and self._sieve.refresh():
             self._mark_all(self._writer)
         return int(self._writer is not None)
+
+    def _open_or_replace(self) -> bool:
+        """A cache that cannot be opened is an empty cache; one that is damaged, a new one."""
+        before = identity(self._path)
+        try:
+            self._open_files()
+        except Exception as failure:  # noqa: BLE001  # as above
+            self._failed("open", failure)
+            self._close_files()
+            if not damaged(failure) and not isinstance(failure, sqlite3.ProgrammingError):  # a setting in the file that is no SQL
+                return False
+            if identity(self._path) == before:
+                self._set_aside()
+            self._open_files()
+        return True
 
     def _mark_all(self, writer: OneConnection) -> None:
         """What is on disk when a process opens the files. What comes later is marked by whoever writes it."""

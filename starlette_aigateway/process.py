@@ -7,7 +7,8 @@ import logging
 import os
 import threading
 import time
-from typing import Protocol
+from contextlib import suppress
+from typing import ClassVar, NamedTuple, Protocol
 from weakref import WeakSet
 
 PATIENCE = 5.0
@@ -24,6 +25,9 @@ class Opener(Protocol):
     """Has files open that a forked child must not share with its parent: what SQLite keeps of its locks in memory is copied, and the locks
     are not (https://sqlite.org/howtocorrupt.html, section 2.6)."""
 
+    in_use_for_long: ClassVar[bool]
+    """A fork waits for such openers first, and keeps nobody from the files of the others meanwhile."""
+
     def pause(self, timeout: float) -> bool:
         """Waits until nobody uses the files, and keeps everybody from them until `resume`. False after `timeout` seconds in vain."""
 
@@ -38,20 +42,37 @@ class Opener(Protocol):
         too, and closes nothing. Is paused no more, unless it asks for that again."""
 
 
+class Pause(NamedTuple):
+    """What one fork keeps everybody from: all that was paused for it, and of that what could be closed."""
+
+    openers: list[Opener]
+    closed: list[Opener]
+
+
+class Forking(threading.local):
+    """The fork that this thread is about to make. A hook that is interrupted does not keep Python from forking: a thread that was waiting
+    for another one's fork just then has paused nothing itself, and resumes nothing."""
+
+    def __init__(self) -> None:
+        self.pause = Pause([], [])
+
+    def end(self) -> Pause:
+        pause, self.pause = self.pause, Pause([], [])
+        return pause
+
+
 class Process:
     """`pid` is `os.getpid()`, in a forked child as well."""
 
-    __slots__ = ("_closed", "_guard", "_inherited", "_openers", "_parents", "_paused", "pid")
+    __slots__ = ("_forking", "_guard", "_inherited", "_openers", "_parents", "pid")
 
     def __init__(self) -> None:
         self.pid = os.getpid()
         self._parents: WeakSet[Closable] = WeakSet()
         self._openers: WeakSet[Opener] = WeakSet()
-        self._paused: list[Opener] = []
-        self._closed: list[Opener] = []
-        """Those of them that have nothing open."""
         self._inherited: list[object] = []
-        self._guard = threading.Lock()
+        self._forking = Forking()
+        self._guard = threading.RLock()  # one that knows whose it is
         os.register_at_fork(before=self._pause, after_in_parent=self._resume, after_in_child=self._begin)
 
     def close_in_child(self, what: Closable) -> None:
@@ -71,28 +92,28 @@ class Process:
         """In front of a fork. What cannot be closed in time is left to the child to abandon."""
         self._guard.acquire()
         until = time.monotonic() + PATIENCE
-        for opener in list(self._openers):
+        for opener in sorted(self._openers, key=lambda opener: not opener.in_use_for_long):
             if not opener.pause(max(0.0, until - time.monotonic())):
                 log.warning("this process is forked while a store is in use: the child may be refused by it")
                 continue
-            self._paused.append(opener)
+            self._forking.pause.openers.append(opener)
             try:
                 opener.close_files()
-                self._closed.append(opener)
+                self._forking.pause.closed.append(opener)
             except Exception as error:  # noqa: BLE001  # whatever it is, nobody may be kept out after the fork
                 log.warning("a store could not be closed for a fork: %s", type(error).__name__)
 
     def _resume(self) -> None:
-        paused, self._paused, self._closed = self._paused, [], []
-        for opener in paused:
+        for opener in self._forking.end().openers:
             opener.resume()
-        self._guard.release()
+        with suppress(RuntimeError):  # it is another thread's: this one was interrupted while it waited
+            self._guard.release()
 
     def _begin(self) -> None:
         """In a child. Where the host's server forks without Python's `os.fork`, nothing was paused."""
         self.pid = os.getpid()
-        self._guard = threading.Lock()
-        closed, self._paused, self._closed = self._closed, [], []
+        self._guard = threading.RLock()
+        closed = self._forking.end().closed
         for opener in list(self._openers):
             if opener in closed:
                 opener.resume()

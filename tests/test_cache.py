@@ -21,6 +21,7 @@ from diskcache.core import MODE_BINARY, MODE_PICKLE, MODE_RAW, MODE_TEXT
 from starlette_aigateway import cache_files, cache_purges
 from starlette_aigateway.cache import DiskResponseCache, wait
 from starlette_aigateway.cache_disk import BytesDisk, restored, stored
+from starlette_aigateway.cache_files import CacheFiles
 from starlette_aigateway.cache_sieve import Sieve
 from starlette_aigateway.protocols import ResponseCache
 from starlette_aigateway.testing.cache import ResponseCacheContract, SharedResponseCacheContract, key
@@ -648,6 +649,73 @@ anyio.run(after)
 def test_a_forked_child_opens_its_own_files(directory: Path) -> None:
     done = subprocess.run([sys.executable, "-W", "error", "-c", FORK, str(directory)], capture_output=True, timeout=60)
     assert done.returncode == 0, done.stderr.decode()
+
+
+class SlowToOpen:
+    """Files that are not opened before somebody says so."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.reached, self.may_open = threading.Event(), threading.Event()
+        open_files = CacheFiles._open_files
+
+        def slowly(files: CacheFiles) -> None:
+            self.reached.set()
+            assert self.may_open.wait(10)
+            open_files(files)
+
+        monkeypatch.setattr(CacheFiles, "_open_files", slowly)
+
+
+async def test_all_calls_wait_while_the_files_are_being_opened(
+    cache: DiskResponseCache, other: DiskResponseCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await other.put(key("a"), b"value", 60)
+    await other.flush()
+    slow, found = SlowToOpen(monkeypatch), []
+
+    async def get() -> None:
+        found.append(await cache.get(key("a")))
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(get)
+        await anyio.to_thread.run_sync(slow.reached.wait)
+        group.start_soon(get)
+        await anyio.wait_all_tasks_blocked()
+        slow.may_open.set()
+    assert found == [b"value"] * 2
+
+
+async def test_when_the_files_were_waited_for_in_vain_nobody_else_waits(cache: DiskResponseCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("starlette_aigateway.cache.OPEN_TIMEOUT", 0.01)
+    slow = SlowToOpen(monkeypatch)
+    assert await cache.get(key("a")) is None
+    monkeypatch.setattr("starlette_aigateway.cache.OPEN_TIMEOUT", inf)
+    with anyio.fail_after(5):
+        assert await cache.get(key("a")) is None
+    slow.may_open.set()
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")  # such a fork is what is tested
+async def test_a_call_right_after_a_fork_waits_until_the_files_are_open_again(
+    directory: Path, clock: FakeClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with DiskResponseCache(directory, memory_entries=0, clock=clock) as cache:
+        await cache.put(key("a"), b"value", 60)
+        await cache.flush()
+        slow, found = SlowToOpen(monkeypatch), []
+        forked = os.fork()
+        if forked == 0:
+            os._exit(0)
+        os.waitpid(forked, 0)
+
+        async def get() -> None:
+            found.append(await cache.get(key("a")))
+
+        async with anyio.create_task_group() as group:
+            group.start_soon(get)
+            await anyio.wait_all_tasks_blocked()
+            slow.may_open.set()
+        assert found == [b"value"]
 
 
 WORKER = """

@@ -14,6 +14,7 @@ from contextlib import closing, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
+from weakref import WeakSet
 
 import anyio
 import pytest
@@ -223,12 +224,6 @@ def test_a_childs_child_may_write_too(store: Store) -> None:
     assert store.written() == NAMES
 
 
-async def until(true: Callable[[], bool]) -> None:
-    with anyio.fail_after(10):
-        while not true():
-            await anyio.sleep(0.001)
-
-
 @pytest.fixture
 def books(tmp_path: Path) -> Books:
     return Books(tmp_path)
@@ -324,8 +319,71 @@ def test_a_fork_waits_for_a_report(books: Books, monkeypatch: pytest.MonkeyPatch
     assert books.written() == {"parent", "child"}
 
 
+def test_calls_go_on_while_a_fork_waits_for_a_report(
+    books: Books, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    asked = Asked(monkeypatch, Readers)
+    anyio.run(books.write, "parent")
+
+    def read(connection: sqlite3.Connection) -> None:
+        asked.hold_on()
+        writer = in_a_thread(partial(anyio.run, books.write, "later"), asked.reached)
+        writer.join(process.PATIENCE / 2)
+        assert not writer.is_alive(), "a call waits for the fork, and that for this report"
+
+    thread = in_a_thread(partial(anyio.run, books.ledger._readers.run, read), asked.reached)
+    with caplog.at_level(logging.WARNING):
+        Child(lambda _: anyio.run(books.write, "child")).end()
+    thread.join()
+    assert caplog.messages == [], "it was waited for in vain"
+    anyio.run(books.close)
+    assert books.written() == {"parent", "later", "child"}
+
+
+def test_an_interrupt_while_another_thread_forks_lets_go_of_nothing_that_is_closed_for_that(
+    books: Books, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, interrupted = Asked(monkeypatch, Writer), threading.Event()
+
+    def sync_in_the_end(descriptor: int) -> None:
+        asked.hold_on()
+        assert interrupted.wait(10)
+        os.fsync(descriptor)
+
+    anyio.run(books.write, "parent")
+    with monkeypatch.context() as patch:
+        patch.setattr(write_ahead_log, "_datasync", sync_in_the_end)
+        syncing = in_a_thread(partial(anyio.run, books.write, "later"), asked.reached)
+        forking = in_a_thread(lambda: Child(lambda _: anyio.run(books.write, "child")).end(), asked._asked)
+        guard = process.THIS._guard
+        process.THIS._guard = Interrupted(guard)  # type: ignore[assignment]
+        try:
+            with pytest.raises(KeyboardInterrupt):
+                process.THIS._pause()
+            process.THIS._resume()
+        finally:
+            process.THIS._guard = guard
+        assert books.ledger._readers._paused, "the files are closed for the other thread's fork"
+        interrupted.set()
+        for thread in (syncing, forking):
+            thread.join()
+    anyio.run(books.close)
+    assert books.written() == {"parent", "later", "child"}
+
+
+class Interrupted:
+    """A lock, for a thread that is interrupted while it waits for it."""
+
+    def __init__(self, lock: Any) -> None:
+        self.release = lock.release
+
+    def acquire(self) -> NoReturn:
+        raise KeyboardInterrupt
+
+
 def test_a_fork_does_not_wait_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(process, "PATIENCE", 0.05)
+    monkeypatch.setattr(process.THIS, "_openers", WeakSet())  # none of other tests
     reached, forked = threading.Event(), threading.Event()
     per_process = PerProcess(lambda: sqlite3.connect(tmp_path / "a.db", check_same_thread=False))
 
@@ -468,17 +526,3 @@ def test_an_interrupt_while_a_fork_waits_for_a_report_locks_nobody_out(books: Bo
     thread.join()
     assert anyio.run(readers.run, lambda connection: connection.execute("SELECT 1").fetchone()) == (1,)
     anyio.run(books.close)
-
-
-def test_a_parent_finds_its_cached_answers_on_disk_after_a_fork(tmp_path: Path) -> None:
-    cache = DiskResponseCache(tmp_path / "cache", memory_entries=0)
-
-    async def put() -> None:
-        await cache.put(key("a"), b"a", 60)
-        await cache.flush()
-
-    anyio.run(put)
-    Child(lambda _: None).end()
-    anyio.run(until, lambda: cache._worker().files._reader is not None)
-    assert anyio.run(cache.get, key("a")) == b"a"
-    cache.close()

@@ -82,6 +82,8 @@ class Writer(Generic[Op, Result]):
     """The thread and its queue; whoever has the `_turn` may take turns at its file. None in the queue ends it. It begins when the one
     `after` which it comes has ended: what two of them had open of one file, the end of the first would close."""
 
+    in_use_for_long: ClassVar[bool] = False
+
     ENOUGH: ClassVar[int] = 24
     """Operations that begin the next batch while the one before it is synced. Fewer wait for that sync, for larger batches."""
 

@@ -3,11 +3,13 @@
 After each, nothing is held, every provider call that was made has its record, and what was booked is at least what the provider billed.
 """
 
+from __future__ import annotations
+
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NoReturn, TypeAlias
 
 import anyio
 import pytest
@@ -30,12 +32,13 @@ from starlette_aigateway.attempts import Attempts
 from starlette_aigateway.background import Job, Work
 from starlette_aigateway.calls import Call
 from starlette_aigateway.drains import OnDisconnect
+from starlette_aigateway.types import ProviderCall
 
 from .kit import AtAwait, FaultyLedger, Visitor, cancel_task, gateway_over, owned_by, who_it_says
 
 pytestmark = pytest.mark.anyio
 
-Script: TypeAlias = Literal["retry", "fallback", "fallback after a bill", "answer"]
+Script: TypeAlias = Literal["retry", "fallback", "fallback after a bill", "answer", "given up while it connects"]
 Act: TypeAlias = Callable[[], BaseException | None]
 WORDS = ("one ", "two ", "three")
 USAGE = Usage(input_tokens=10, output_tokens=len(WORDS))
@@ -78,11 +81,41 @@ class Billing:
         return text
 
 
-def providers_for(script: Script) -> list[Billing]:
+class Connecting:
+    """Has no connection yet when the job that waits for one comes to its deadline."""
+
+    name = "first"
+    job: Job[Any]
+
+    def __init__(self) -> None:
+        self.bill: Counter[str] = Counter()
+        self.calls: Counter[str] = Counter()
+
+    def open(self, call: ProviderCall) -> Connection:
+        return Connection(self.job)
+
+
+class Connection:
+    unsent = True
+
+    def __init__(self, job: Job[Any]) -> None:
+        self._job = job
+
+    async def __aenter__(self) -> NoReturn:
+        self._job._deadline.within(0)
+        await anyio.sleep_forever()
+        raise AssertionError("nobody gave it up")
+
+    async def __aexit__(self, *exception: object) -> None: ...
+
+
+def providers_for(script: Script) -> Sequence[Billing | Connecting]:
     down = ProviderError("down", billed="no", status=500)
     match script:
         case "answer":
             return [Billing("first")]
+        case "given up while it connects":
+            return [Connecting()]
         case "retry":
             return [Billing("first", down)]
         case "fallback":
@@ -94,9 +127,9 @@ def providers_for(script: Script) -> list[Billing]:
 class Walk:
     """One gateway, and a call of a principal of its own for each step."""
 
-    def __init__(self, gateway: AIGateway, providers: list[Billing], *, stream: bool, key: bool, http: bool) -> None:
+    def __init__(self, gateway: AIGateway, providers: Sequence[Billing | Connecting], *, stream: bool, key: bool, http: bool) -> None:
         self.gateway = gateway
-        self._providers = providers
+        self.providers = providers
         self._stream = stream
         self._key = key
         self._http = http
@@ -123,6 +156,11 @@ class Walk:
     def request(self) -> CompletionRequest:
         return CompletionRequest(model="m", messages=[{"role": "user", "content": self.text}])
 
+    def begun(self, job: Job[Any]) -> None:
+        for provider in self.providers:
+            if isinstance(provider, Connecting):
+                provider.job = job
+
     async def call(self) -> None:
         request = self.request
         if self._http:
@@ -141,12 +179,12 @@ class Walk:
         await quiet(self.gateway)
         where = f"cut off at await {self._at}"
         records = (await self.gateway.usage(principal=self.who.id)).data
-        calls = sum(provider.calls[self.text] for provider in self._providers)
+        calls = sum(provider.calls[self.text] for provider in self.providers)
         unmade = len(records) - calls
         released = [record for record in records if record.outcome == "released"]
         assert max(budget.held for budget in await self.gateway.budgets(self.who)) == 0, where
         assert 0 <= unmade <= len(released), f"{calls} calls and {[record.outcome for record in records]}, {where}"
-        assert sum(record.cost for record in records) >= sum(provider.bill[self.text] for provider in self._providers), where
+        assert sum(record.cost for record in records) >= sum(provider.bill[self.text] for provider in self.providers), where
         assert await self.gateway.check_ledger() == [], where
         if self._key:
             await self._ask_again(where)
@@ -154,7 +192,7 @@ class Walk:
     async def _ask_again(self, where: str) -> None:
         """The idempotency key is not left behind by a call that is over, and what was billed under it is not billed again."""
         vars(self.gateway._composition.background).pop("job", None)
-        billed = [provider.bill[self.text] for provider in self._providers]
+        billed = [provider.bill[self.text] for provider in self.providers]
         refused: Conflict | None = None
         try:
             await self.call()
@@ -164,7 +202,7 @@ class Walk:
             pass
         assert refused is None or refused.code != "idempotency_in_progress", where
         if any(billed):
-            assert billed == [provider.bill[self.text] for provider in self._providers], where
+            assert billed == [provider.bill[self.text] for provider in self.providers], where
 
 
 async def quiet(gateway: AIGateway) -> None:
@@ -200,13 +238,16 @@ async def walking(
         yield Walk(gateway, providers, stream=stream, key=key, http=http)
 
 
-def cut_work(gateway: AIGateway, at: int, act: Callable[[Job[Any]], BaseException | None]) -> list[AtAwait]:
+def cut_work(
+    gateway: AIGateway, at: int, act: Callable[[Job[Any]], BaseException | None], begun: Callable[[Job[Any]], object]
+) -> list[AtAwait]:
     """From now on the work of each job of the gateway is cut off at await `at`."""
     cuts: list[AtAwait] = []
     job = type(gateway._composition.background).job
 
     def starting(work: Work[Any], limit: float) -> Job[Any]:
         def cut(job: Job[Any]) -> Awaitable[Any]:
+            begun(job)
             cuts.append(AtAwait(work(job), at, lambda: act(job)))
             return cuts[-1]
 
@@ -303,6 +344,18 @@ async def test_an_error_out_of_any_await_of_a_call(
     await walk_through_work(ledger, script, lambda job: error, stream=stream, owned=owned, key=key)
 
 
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+@pytest.mark.parametrize("stream", [False, True], ids=["complete", "stream"])
+@pytest.mark.parametrize("owned", [True, False], ids=["owned", "bare"])
+@pytest.mark.parametrize("act", [lambda job: cancel_task(), lambda job: StorageUnavailable("away")], ids=["cancelled", "error"])
+async def test_a_call_that_is_given_up_while_it_connects_costs_nothing_whichever_await_of_its_end_is_cut_off(
+    ledger: FaultyLedger, act: Callable[[Job[Any]], BaseException | None], stream: bool, owned: bool
+) -> None:
+    await walk_through_work(ledger, "given up while it connects", act, stream=stream, owned=owned)
+    assert "release" in ledger.asked
+    assert "settle" not in ledger.asked
+
+
 class Asked:
     """How often it was asked whether the client is still there, and how often that was cut off."""
 
@@ -390,7 +443,7 @@ async def walk_through_work(
         survived = False
         while not survived:
             at = walk.next()
-            cuts = cut_work(walk.gateway, at, act)
+            cuts = cut_work(walk.gateway, at, act, walk.begun)
             with suppress(Exception):
                 await walk.call()
             assert cuts, "no job was started"

@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import ClassVar, Literal, TypeVar
 
 from ...errors import ConfigurationError, StorageDamaged
 from ...process import THIS
@@ -199,6 +199,8 @@ def file_system(path: Path) -> str | None:
 
 class PerProcess:
     """One connection for short queries, opened at its first use, and again after a fork in the parent and in the child."""
+
+    in_use_for_long: ClassVar[bool] = False
 
     def __init__(self, connect: Callable[[], sqlite3.Connection]) -> None:
         self._connect = connect

@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 import anyio.to_thread
 
@@ -19,6 +19,8 @@ T = TypeVar("T")
 
 class Readers:
     """Connections that are opened as they are needed, kept for the next reader, and closed for a fork."""
+
+    in_use_for_long: ClassVar[bool] = True
 
     KEPT = 4
 
