@@ -17,11 +17,6 @@ pytestmark = pytest.mark.anyio
 
 
 @pytest.fixture
-def clock() -> FakeClock:
-    return FakeClock()
-
-
-@pytest.fixture
 async def cache(tmp_path: Path, clock: FakeClock) -> AsyncIterator[DiskResponseCache]:
     async with on_disk(tmp_path, clock) as opened:
         yield opened
