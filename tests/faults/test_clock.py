@@ -17,7 +17,7 @@ from starlette_aigateway.testing import FakeClock
 from starlette_aigateway.testing.providers import After, Say, ScriptedProvider
 from starlette_aigateway.types import LimitFields, Usage
 
-pytestmark = [pytest.mark.anyio, pytest.mark.parametrize("stream", [False, True])]
+pytestmark = [pytest.mark.anyio, pytest.mark.untraced, pytest.mark.parametrize("stream", [False, True])]
 
 HOUR, DAY = 3600.0, 86_400.0
 USD = 10**9

@@ -19,7 +19,7 @@ from starlette_aigateway.testing import FakeClock
 from .locks import HOLD_THE_LOCK_FILE, holder
 from .service import HURRIED, WHO, Service, service
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.untraced]
 
 CALLS = 30
 GARBAGE = b"\xa5garbage" * 2000

@@ -36,13 +36,13 @@ from starlette_aigateway.types import ProviderCall
 
 from .kit import AtAwait, FaultyLedger, Visitor, cancel_task, gateway_over, owned_by, who_it_says
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.untraced]
 
 Script: TypeAlias = Literal["retry", "fallback", "fallback after a bill", "answer", "given up while it connects"]
 Act: TypeAlias = Callable[[], BaseException | None]
 WORDS = ("one ", "two ", "three")
 USAGE = Usage(input_tokens=10, output_tokens=len(WORDS))
-TIMEOUTS = Timeouts(drain=5, settle=1, storage=1)
+TIMEOUTS = Timeouts(drain=5, settle=1, storage=10)
 
 
 class Billing:
