@@ -119,8 +119,8 @@ class DiskResponseCache:
         files, now = worker.files, self._clock()
         generation = files.generation()
         if generation != worker.generation:
-            worker.generation = generation
             files.check()
+            worker.generation = generation  # afterwards: until then every other thread looks for itself
         value = worker.memory.get(key, now, generation)
         if value is not None:
             return value
@@ -157,7 +157,7 @@ class DiskResponseCache:
 
     def close(self) -> None:
         """Writes what is queued and closes the files; blocks for that. A later use opens them again."""
-        worker = self._workers.pop(THIS.pid, None)
+        worker = self._workers.pop(THIS.number, None)
         if worker is not None:
             worker.files.close()
 
@@ -170,7 +170,7 @@ class DiskResponseCache:
 
     def _at_hand(self) -> Worker | None:
         """This process's, once its files were opened, or could not be, or were waited for in vain."""
-        worker = self._workers.get(THIS.pid)
+        worker = self._workers.get(THIS.number)
         return worker if worker is not None and worker.files.tried else None
 
     async def _open(self) -> Worker:
@@ -181,8 +181,8 @@ class DiskResponseCache:
         return worker
 
     def _worker(self) -> Worker:
-        pid = THIS.pid
-        return self._workers.get(pid) or self._workers.setdefault(pid, self._new_worker())
+        process = THIS.number
+        return self._workers.get(process) or self._workers.setdefault(process, self._new_worker())
 
     def _new_worker(self) -> Worker:
         files = CacheFiles(self._directory, size_limit=self._size_limit, clock=self._clock, failed=self._failed)

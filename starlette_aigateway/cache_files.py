@@ -22,7 +22,7 @@ from msgspec import Struct
 from .cache_purges import Generation, Purges
 from .cache_seal import sealed, unsealed
 from .cache_sieve import Sieve
-from .process import THIS
+from .process import THIS, let_go
 from .protocols import Clock
 
 if TYPE_CHECKING:
@@ -113,9 +113,9 @@ class CacheFiles:
         self._queueing = threading.Lock()
         self._pending: dict[str, Put] = {}
         self._pending_bytes = 0
-        self._using = threading.Lock()
+        self._using = threading.RLock()
         """Held by the thread while it uses the files, or opens them."""
-        self._reading = threading.Lock()
+        self._reading = threading.RLock()
         self._reader: OneConnection | None = None
         self._writer: OneConnection | None = None
         self._identity: tuple[int, int] | None = None
@@ -170,8 +170,10 @@ class CacheFiles:
         return done
 
     def check(self) -> None:
-        """The files may be other ones by now: another worker set them aside, or somebody removed the directory."""
+        """The files may be other ones by now: another worker set them aside, or somebody removed the directory. From the old ones, which a
+        purge does not reach, nothing is read any more."""
         if self._identity is not None and self._identity != identity(self._path):
+            self._close_reader()
             self.ask(self.open)
 
     def close(self) -> None:
@@ -187,21 +189,28 @@ class CacheFiles:
         self._close_files()
 
     def pause(self, timeout: float) -> bool:
-        return self._using.acquire(timeout=timeout)
+        until = time.monotonic() + timeout
+        if not self._using.acquire(timeout=timeout):
+            return False
+        free = self._reading.acquire(timeout=max(0.0, until - time.monotonic()))
+        if not free:
+            let_go(self._using)
+        return free
 
     def close_files(self) -> None:
         self.tried = False
         self._close_files()
 
     def resume(self) -> None:
-        self._using.release()
+        let_go(self._reading)
+        let_go(self._using)
 
     def abandon(self) -> None:
         THIS.keep(self)
 
     def open(self) -> int:
         """Opens what is closed, and anew what is not the file at the path any more. 1 if the files are open."""
-        if self._writer is not None and self._identity != identity(self._path):
+        if self._writer is not None and (self._reader is None or self._identity != identity(self._path)):
             self._close_files()
         if self._writer is None and self._clock() >= self._retry_at:
             self._retry_at = self._clock() + RETRY_AFTER
@@ -332,11 +341,14 @@ class CacheFiles:
         self._purges.open()
         self._reader = reader
 
-    def _close_files(self) -> None:
+    def _close_reader(self) -> None:
         with self._reading:
             reader, self._reader = self._reader, None
             if reader is not None:
                 reader.close()
+
+    def _close_files(self) -> None:
+        self._close_reader()
         writer, self._writer, self._identity = self._writer, None, None
         if writer is not None:
             writer.close()

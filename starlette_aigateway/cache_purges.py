@@ -22,6 +22,7 @@ class Purges:
         self._counter = SharedCounter(path)
         self._files = 0
         self._look_at = float("inf")
+        self._changed_at = float("-inf")
 
     def open(self) -> None:
         self._look()
@@ -36,14 +37,14 @@ class Purges:
     def begin_generation(self) -> None:
         """In every worker, before this returns. Blocks for `STALE` seconds where others may read another file. Raises `OSError` without
         a directory."""
-        changed = self._look()
+        self._look()
         self._counter.increment()
-        if changed:
-            time.sleep(STALE)
+        time.sleep(max(0.0, self._changed_at + STALE - time.monotonic()))
 
-    def _look(self) -> bool:
-        """Whether it is another file than before."""
-        self._look_at = time.monotonic() + STALE
-        changed = self._counter.refresh()
-        self._files += changed
-        return changed
+    def _look(self) -> None:
+        """At the file at the path, which may be another one than before."""
+        now = time.monotonic()
+        self._look_at = now + STALE
+        if self._counter.refresh():
+            self._files += 1
+            self._changed_at = now

@@ -20,12 +20,12 @@ class Pool:
     def __init__(self, source: Callable[[int], bytes]) -> None:
         self._source = source
         self._shares: deque[bytes] = deque()
-        self._pid = 0
+        self._process = -1
 
     def __call__(self, count: int) -> bytes:
         if count != OF_AN_ID:
             return self._source(count)
-        if self._pid == THIS.pid:
+        if self._process == THIS.number:
             try:
                 return self._shares.popleft()
             except IndexError:  # they are used up
@@ -36,5 +36,5 @@ class Pool:
         """Where two threads do it at once, the shares of one of them are given to nobody."""
         drawn = self._source(OF_AN_ID * POOL)
         self._shares = deque([drawn[at : at + OF_AN_ID] for at in range(OF_AN_ID, len(drawn), OF_AN_ID)])
-        self._pid = THIS.pid
+        self._process = THIS.number
         return drawn[:OF_AN_ID]

@@ -38,14 +38,14 @@ class Lifecycle:
         self._observers = observers
         self._retainer = retainer
         self._settle = settle
-        self._pid: int | None = None
+        self._process: int | None = None
         self._open = AsyncExitStack()
         self._lifespans = 0
         self._turns: dict[int, Turn] = {}
 
     @property
     def started(self) -> bool:
-        return self._pid == THIS.pid
+        return self._process == THIS.number
 
     async def ensure(self) -> None:
         """Starts what is not started yet; concurrent callers wait for it, whichever event loop they are in. What a failed start raises is
@@ -58,7 +58,7 @@ class Lifecycle:
 
     def _turn(self) -> Turn:
         """Of this process: one that was forked while another thread had its turn would wait for it for ever."""
-        return self._turns.setdefault(THIS.pid, Turn())
+        return self._turns.setdefault(THIS.number, Turn())
 
     async def _begin(self) -> None:
         opened = AsyncExitStack()
@@ -71,9 +71,9 @@ class Lifecycle:
                 raise
             log.error("the gateway cannot start: %s: %s", type(error).__name__, error)
             raise StorageUnavailable("the gateway could not start", retry_after=1.0) from error
-        if self._pid is not None and self._pid != THIS.pid:
+        if self._process is not None and self._process != THIS.number:
             self._lifespans = 0
-        self._open, self._pid = opened, THIS.pid
+        self._open, self._process = opened, THIS.number
 
     @asynccontextmanager
     async def lifespan(self) -> AsyncIterator[None]:
@@ -108,5 +108,5 @@ class Lifecycle:
                 await self._close()
 
     async def _close(self) -> None:
-        opened, self._open, self._pid = self._open, AsyncExitStack(), None
+        opened, self._open, self._process = self._open, AsyncExitStack(), None
         await opened.aclose()

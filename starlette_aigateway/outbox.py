@@ -45,12 +45,12 @@ class Outbox:
         self._emit = emit
         self._patience = patience
         self._waiting: dict[str, End] = {}
-        self._pid = THIS.pid
         self._alarm: Wakeup | None = None
         self._passing = False
         self._not_before = -math.inf
         self._pause = FIRST_PAUSE
         self._last_words: weakref.finalize[..., Outbox] | None = None
+        THIS.call_in_child(self._forget_parent)
 
     async def tell(self, hold_id: str, end: End) -> UsageRecord | None:
         """Ends the hold, and forgets what waits for it. Raises what the ledger raises."""
@@ -71,7 +71,6 @@ class Outbox:
 
     def put(self, hold_id: str, end: End) -> None:
         """The first end that is put stays: a hold resolves once."""
-        self._forget_parent()
         self._waiting.setdefault(hold_id, end)
         if self._last_words is None:
             self._last_words = weakref.finalize(self, lament, self._waiting)
@@ -114,7 +113,6 @@ class Outbox:
 
     async def pass_by(self) -> None:
         """On a bare mount: one pass by whoever comes, not before the pause after the last one is over."""
-        self._forget_parent()
         if self._alarm is not None or self._passing or monotonic() < self._not_before:
             return
         self._passing = True
@@ -127,7 +125,6 @@ class Outbox:
 
     async def work(self) -> None:
         """With a lifespan: delivers for as long as it runs; one worker at a time."""
-        self._forget_parent()
         if self._alarm is not None:
             return
         try:
@@ -144,10 +141,8 @@ class Outbox:
 
     def _forget_parent(self) -> None:
         """In a forked child: what waits is the parent's to tell, whose worker stayed behind."""
-        if self._pid != THIS.pid:
-            self._pid = THIS.pid
-            self._waiting.clear()
-            self._alarm, self._passing = None, False
+        self._waiting.clear()
+        self._alarm, self._passing = None, False
 
     def _next_pause(self) -> None:
         self._pause = min(2 * self._pause, LONGEST_PAUSE) if self._waiting else FIRST_PAUSE

@@ -22,6 +22,7 @@ import pytest
 from starlette_aigateway import process
 from starlette_aigateway.accounts import Hold
 from starlette_aigateway.cache import DiskResponseCache
+from starlette_aigateway.cache_files import CacheFiles
 from starlette_aigateway.stores.sqlite import write_ahead_log
 from starlette_aigateway.stores.sqlite.config import ConfigDatabase
 from starlette_aigateway.stores.sqlite.connection import PerProcess
@@ -520,9 +521,81 @@ def test_an_interrupt_while_a_fork_waits_for_a_report_locks_nobody_out(books: Bo
     thread = in_a_thread(partial(anyio.run, readers.run, read), reached)
     readers._change.wait_for = lambda *_: interrupt()  # type: ignore[method-assign]
     with pytest.raises(KeyboardInterrupt):
-        readers.pause(10)
+        process.THIS._pause()
+    process.THIS._resume()
     del readers._change.wait_for
     over.set()
     thread.join()
     assert anyio.run(readers.run, lambda connection: connection.execute("SELECT 1").fetchone()) == (1,)
     anyio.run(books.close)
+
+
+def test_what_is_in_the_midst_of_a_transaction_is_waited_for_though_a_report_was_waited_for_in_vain(
+    books: Books, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(process, "PATIENCE", 0.3)
+    reading, reached, over = Asked(monkeypatch, Readers), threading.Event(), threading.Event()
+    writing = Asked(monkeypatch, Writer)
+    apply = Batch.flush
+
+    def slowly(batch: Batch) -> None:
+        if not writing.reached.is_set():
+            writing.hold_on()
+        apply(batch)
+
+    def read(connection: sqlite3.Connection) -> None:
+        reached.set()
+        assert over.wait(10)
+
+    anyio.run(books.write, "parent")
+    monkeypatch.setattr(Batch, "flush", slowly)
+    report = in_a_thread(partial(anyio.run, books.ledger._readers.run, read), reached)
+    call = in_a_thread(partial(anyio.run, books.write, "later"), writing.reached)
+    with caplog.at_level(logging.WARNING):
+        child = Child(lambda _: anyio.run(books.write, "child"))
+    over.set()
+    child.end()
+    for thread in (report, call):
+        thread.join()
+    assert len(caplog.messages) == 1, "only the report was waited for in vain"
+    assert reading._asked.is_set()
+    anyio.run(books.close)
+    assert books.written() == {"parent", "later", "child"}
+
+
+def test_nobody_reads_from_the_cache_while_its_files_are_closed_for_a_fork(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = DiskResponseCache(tmp_path / "cache")
+    files, close_files = cache._worker().files, CacheFiles.close_files
+    free: list[bool] = []
+
+    def closed(closing: CacheFiles) -> None:
+        close_files(closing)
+        thread = threading.Thread(target=lambda: free.append(closing._reading.acquire(blocking=False)))
+        thread.start()
+        thread.join()
+
+    anyio.run(cache.flush)
+    monkeypatch.setattr(CacheFiles, "close_files", closed)
+    Child(lambda _: Child(lambda _: None).end()).end()
+    assert free == [False]
+    assert files._reading.acquire(blocking=False)
+    files._reading.release()
+    cache.close()
+
+
+def test_a_child_has_nothing_of_what_waits_in_its_parent_from_the_beginning(books: Books) -> None:
+    anyio.run(books.write, "parent")
+
+    def begun(_: object) -> None:
+        commit = books.ledger._commit
+        assert (commit._writer, commit._gathered) == (None, {})
+
+    Child(begun).end()
+    anyio.run(books.close)
+
+
+def test_an_interrupt_at_any_place_of_the_hooks_of_a_fork_leaves_both_processes_going_on(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tests.faults.interrupted_forks", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=Path(__file__).parents[1])
+    assert (done.returncode, done.stderr) == (0, ""), done.stdout
+    assert int(done.stdout) > 100

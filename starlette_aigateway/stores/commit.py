@@ -45,7 +45,6 @@ class GroupCommit(Generic[Op, Result]):
 
     def __init__(self, store: Store[Op, Result]) -> None:
         self._store = store
-        self._pid = THIS.pid
         self._guard = threading.Lock()
         self._writer: Writer[Op, Result] | None = None
         self._ending: Writer[Op, Result] | None = None
@@ -54,6 +53,7 @@ class GroupCommit(Generic[Op, Result]):
         self._busy = 0
         """Batches of one operation, or passes of an event loop with one, until it is calm."""
         self._came = 0
+        THIS.call_in_child(self._forget_parent)
 
     async def run(self, op: Op) -> Result:
         waiter: Waiter[Op, Result] = Waiter(op, wakeup())
@@ -68,7 +68,7 @@ class GroupCommit(Generic[Op, Result]):
         """Applies `op` here and now, without any wait; None where that cannot be, and nothing was done: something came before it, or it is
         another process's turn. For a store that is quick and lasts at once. Raises as `run`."""
         writer = self._writer
-        if writer is None or self._busy or self._gathered or self._pid != THIS.pid:
+        if writer is None or self._busy or self._gathered:
             return None
         outcome = writer.now(op)
         self._came += 1
@@ -93,8 +93,6 @@ class GroupCommit(Generic[Op, Result]):
 
     def close(self) -> None:
         """Commits what is waiting and ends the thread. A later `run` starts a new one."""
-        if self._pid != THIS.pid:
-            return
         for loop in list(self._gathered):
             self._submit(loop)
         with self._guard:
@@ -111,8 +109,6 @@ class GroupCommit(Generic[Op, Result]):
     def _gather(self, waiter: Waiter[Op, Result]) -> None:
         """What one pass of the event loop brings is carried out together, and what a few bring where it is busy: each transaction costs
         as much as several operations. The thread is woken once, and begins with a batch."""
-        if self._pid != THIS.pid:
-            self._forget_parent()
         loop = id(waiter.wakeup.loop)
         with self._guard:  # a `close` in another thread takes the others with this one or without it
             gathered = self._gathered.get(loop)
@@ -188,7 +184,6 @@ class GroupCommit(Generic[Op, Result]):
         self._gathered = {}
         self._came = 0
         self._guard = threading.Lock()
-        self._pid = THIS.pid
 
 
 def nothing() -> None:

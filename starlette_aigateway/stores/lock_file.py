@@ -86,7 +86,7 @@ class LockFile:
             os.close(descriptor)
 
     def _open(self, path: Path) -> int:
-        THIS.close_in_child(self)
+        THIS.call_in_child(self.close)
         descriptor = self._descriptor = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
         self.identity = identity_of(os.fstat(descriptor))
         return descriptor

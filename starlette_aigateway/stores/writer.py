@@ -12,7 +12,7 @@ from typing import ClassVar, Generic, NamedTuple
 
 from msgspec import Struct
 
-from ..process import THIS
+from ..process import THIS, let_go
 from ..wakeup import Wakeup, ring_all
 from .turns import Op, Result, Store
 
@@ -91,8 +91,8 @@ class Writer(Generic[Op, Result]):
         self._after = after
         self._turns = store.turns()
         self._lasts_at_once = store.lasts_at_once
-        self._turn = threading.Lock()
-        self._sync = threading.Lock()
+        self._turn = threading.RLock()
+        self._sync = threading.RLock()
         """Held during a sync, which needs no turn; a fork waits for both."""
         self._queue: SimpleQueue[list[Waiter[Op, Result]] | Committed[Op, Result] | None] = SimpleQueue()
         self._guard = threading.Lock()
@@ -128,20 +128,17 @@ class Writer(Generic[Op, Result]):
         until = time.monotonic() + timeout
         if not self._turn.acquire(timeout=timeout):
             return False
-        synced = False
-        try:
-            synced = self._sync.acquire(timeout=max(0.0, until - time.monotonic()))
-        finally:
-            if not synced:  # in vain, or interrupted
-                self._turn.release()
+        synced = self._sync.acquire(timeout=max(0.0, until - time.monotonic()))
+        if not synced:
+            let_go(self._turn)
         return synced
 
     def close_files(self) -> None:
         self._turns.close_for_fork()
 
     def resume(self) -> None:
-        self._sync.release()
-        self._turn.release()
+        let_go(self._sync)
+        let_go(self._turn)
 
     def abandon(self) -> None:
         THIS.keep(self)

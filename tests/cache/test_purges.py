@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 import sqlite3
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -103,6 +105,34 @@ async def test_a_purge_that_makes_a_new_counter_ends_when_every_worker_has_looke
         assert await cache.get(key("a")) == b"answer", f"{number}: from memory, or from the file"
         await other.purge()
         assert await cache.get(key("a")) is None
+
+
+async def test_a_purge_ends_what_others_hold_of_files_that_were_removed(directory: Path, clock: FakeClock) -> None:
+    async with DiskResponseCache(directory, memory_entries=0, clock=clock) as holding, DiskResponseCache(directory, clock=clock) as purging:
+        await holding.put(key("a"), b"answer", 60)
+        await holding.flush()
+        await purging.flush()
+        shutil.rmtree(directory)
+        await purging.purge()
+        assert await holding.get(key("a")) is None
+        await holding.put(key("a"), b"another", 60)
+        await holding.flush()
+        assert await holding.get(key("a")) == b"another"
+        assert rows(directory)
+
+
+async def test_a_purge_waits_for_workers_that_still_read_another_counter_also_where_the_new_one_was_seen_before(
+    cache: DiskResponseCache, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slept: list[float] = []
+    await cache.flush()
+    await cache.purge()
+    monkeypatch.setattr(cache_purges, "time", SimpleNamespace(monotonic=lambda: 1000.0, sleep=slept.append))
+    (directory / "purges").unlink()
+    purges = cache._worker().files._purges
+    purges.open()
+    purges.begin_generation()
+    assert slept == [pytest.approx(cache_purges.STALE)]
 
 
 async def test_within_a_while_nobody_looks_at_the_file_of_purges(cache: DiskResponseCache, monkeypatch: pytest.MonkeyPatch) -> None:

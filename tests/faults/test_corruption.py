@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import sqlite3
 from collections.abc import Callable
@@ -239,7 +238,7 @@ async def test_a_cache_that_is_damaged_while_the_gateway_runs_is_rebuilt(tmp_pat
         cache.write_bytes(GARBAGE)
         caches = []
         for _ in range(3):  # what is put while the file is set aside is not kept
-            responses._workers[os.getpid()].memory.clear()
+            responses._worker().memory.clear()
             caches.append((await found.cached_call()).headers["x-cache"])
             await responses.flush()
         assert (caches[0], caches[2]) == ("miss", "hit")

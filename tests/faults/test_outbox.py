@@ -196,7 +196,7 @@ async def test_a_forked_child_leaves_what_waits_to_its_parent_and_does_its_own(l
         ledger.failing = {"settle": 1000}
         await gateway.complete(WHO, ask("1"))
         ledger.failing = {}
-        gateway._composition.outbox._pid = -1  # as a child finds it
+        gateway._composition.outbox._forget_parent()  # as a child finds it
         gateway._composition.outbox.put("use_child", None)
         assert waiting(gateway) == 1
         await gateway.complete(WHO, ask("2"))

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import ClassVar, Literal, TypeVar
 
 from ...errors import ConfigurationError, StorageDamaged
-from ...process import THIS
+from ...process import THIS, let_go
 
 T = TypeVar("T")
 
@@ -208,7 +208,7 @@ class PerProcess:
         self._begin()
 
     def _begin(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         THIS.pause_for_forks(self)
 
     def run(self, read: Callable[[sqlite3.Connection], T]) -> T:
@@ -226,7 +226,7 @@ class PerProcess:
         return self._lock.acquire(timeout=timeout)
 
     def resume(self) -> None:
-        self._lock.release()
+        let_go(self._lock)
 
     def abandon(self) -> None:
         THIS.keep(self._connection)

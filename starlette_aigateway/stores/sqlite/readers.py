@@ -12,7 +12,7 @@ from typing import ClassVar, TypeVar
 import anyio.to_thread
 
 from ...errors import AIGatewayError, StorageUnavailable
-from ...process import THIS
+from ...process import THIS, let_go
 
 T = TypeVar("T")
 
@@ -30,7 +30,8 @@ class Readers:
         self._begin()
 
     def _begin(self) -> None:
-        self._change = threading.Condition(threading.Lock())
+        self._lock = threading.RLock()
+        self._change = threading.Condition(self._lock)
         self._idle: list[sqlite3.Connection] = []
         self._reading = 0
         """Those who have a connection open, or are about to."""
@@ -48,20 +49,19 @@ class Readers:
 
     def pause(self, timeout: float) -> bool:
         until = time.monotonic() + timeout
-        if not self._change.acquire(timeout=timeout):
+        if not self._lock.acquire(timeout=timeout):
             return False
-        free, self._paused = False, True
-        try:
-            free = self._change.wait_for(lambda: not self._reading, until - time.monotonic())
-        finally:
-            if not free:  # in vain, or interrupted
-                self.resume()
+        self._paused = True
+        free = self._change.wait_for(lambda: not self._reading, until - time.monotonic())
+        if not free:
+            self.resume()
         return free
 
     def resume(self) -> None:
-        self._paused = False
-        self._change.notify_all()
-        self._change.release()
+        with self._lock:
+            self._paused = False
+            self._change.notify_all()
+        let_go(self._lock)
 
     def abandon(self) -> None:
         THIS.keep(self._idle)

@@ -109,8 +109,12 @@ class Transactions(Generic[Op, Result]):
         told."""
         write_ahead_log = self._store.write_ahead_log
         if write_ahead_log is not None and (self._unsynced or write_ahead_log.doubtful):
-            self._unsynced = False
-            write_ahead_log.sync()
+            self._unsynced = False  # what is committed from now on is not
+            try:
+                write_ahead_log.sync()
+            except BaseException:
+                self._unsynced = True
+                raise
 
     @property
     def full(self) -> bool:
@@ -136,14 +140,19 @@ class Transactions(Generic[Op, Result]):
 
     def close(self) -> None:
         """The lock file may be another one by now as well. What is not synced yet is, or is in doubt from now on."""
-        with suppress(OSError, StorageUnavailable):
-            self.sync()
-        self.noted = True
-        self._unsynced = False
-        if self._store.write_ahead_log is not None:
-            self._store.write_ahead_log.close()
         connection, self._connection = self._connection, None
         try:
+            with suppress(OSError, StorageUnavailable):
+                self.sync()
+            self._unsynced = False
+        finally:
+            self.noted = True
+            self._close_files(connection)
+
+    def _close_files(self, connection: sqlite3.Connection | None) -> None:
+        try:
+            if self._store.write_ahead_log is not None:
+                self._store.write_ahead_log.close()
             if connection is not None:
                 with suppress(OSError):  # the last one to close removes the log, and nobody is to commit to it just before
                     self.lock.enter_at_once()
