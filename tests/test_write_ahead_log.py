@@ -11,7 +11,7 @@ import sqlite3
 import subprocess
 import sys
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -445,6 +445,35 @@ def test_a_witness_notes_nothing_that_does_not_last(tmp_path: Path) -> None:
         assert noted(path) == 0
         witness.note(connection, lambda: None)
     assert noted(path) == 7
+
+
+def test_what_a_sync_that_was_interrupted_left_is_synced_by_the_next_one(tmp_path: Path, syncs: Syncs) -> None:
+    path = tmp_path / "numbers.db"
+
+    def connect() -> sqlite3.Connection:
+        connection = sqlite3.connect(path, isolation_level=None)
+        connection.execute("PRAGMA journal_mode=WAL")
+        connection.execute("CREATE TABLE numbers (n)")
+        return connection
+
+    def apply(connection: sqlite3.Connection, numbers: Sequence[int]) -> Sequence[int]:
+        return [connection.execute("INSERT INTO numbers VALUES (?)", (number,)).rowcount for number in numbers]
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    log = WriteAheadLog(path)
+    turns = transactions.StoreFile(connect=connect, apply=apply, name="numbers", quick=True, write_ahead_log=log).turns()
+    assert turns.turn(lambda: [7]) == [1]
+    syncs.before = interrupt
+    with pytest.raises(KeyboardInterrupt):
+        turns.sync()
+    syncs.before = lambda: None
+    syncs.count = 0
+    turns.sync()
+    turns.sync()
+    assert syncs.count == 1
+    turns.close()
 
 
 def test_after_a_failure_no_sync_is_believed_until_the_log_begins_anew(tmp_path: Path, syncs: Syncs) -> None:
