@@ -27,7 +27,7 @@ from starlette_aigateway.testing.ledger_kit import NOON, hold_request
 
 PACKAGE = str(Path(starlette_aigateway.__file__).parent)
 LOOKS_FOR_SIGNALS = {dis.opmap[name] for name in ("CALL", "CALL_KW", "CALL_FUNCTION_EX", "JUMP_BACKWARD") if name in dis.opmap}
-PATIENCE = 20.0
+PATIENCE = 10.0
 """Seconds after which a process is stuck."""
 
 
