@@ -570,9 +570,10 @@ def test_nobody_reads_from_the_cache_while_its_files_are_closed_for_a_fork(tmp_p
 
     def closed(closing: CacheFiles) -> None:
         close_files(closing)
-        thread = threading.Thread(target=lambda: free.append(closing._reading.acquire(blocking=False)))
-        thread.start()
-        thread.join()
+        if closing is files:  # not one that another test has left
+            thread = threading.Thread(target=lambda: free.append(closing._reading.acquire(blocking=False)))
+            thread.start()
+            thread.join()
 
     anyio.run(cache.flush)
     monkeypatch.setattr(CacheFiles, "close_files", closed)
