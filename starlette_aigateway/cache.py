@@ -175,8 +175,7 @@ class DiskResponseCache:
 
     async def _open(self) -> Worker:
         worker = self._worker()
-        if not worker.files.tried:
-            await wait(worker.files.ask(worker.files.open), OPEN_TIMEOUT)
+        if not worker.files.tried and not await wait(worker.files.ask(worker.files.open), OPEN_TIMEOUT):
             worker.files.tried = True
         return worker
 

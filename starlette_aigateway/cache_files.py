@@ -22,7 +22,7 @@ from msgspec import Struct
 from .cache_purges import Generation, Purges
 from .cache_seal import sealed, unsealed
 from .cache_sieve import Sieve
-from .process import THIS, let_go
+from .process import THIS, let_go, take_all
 from .protocols import Clock
 
 if TYPE_CHECKING:
@@ -189,40 +189,36 @@ class CacheFiles:
         self._close_files()
 
     def pause(self, timeout: float) -> bool:
-        until = time.monotonic() + timeout
-        if not self._using.acquire(timeout=timeout):
-            return False
-        free = self._reading.acquire(timeout=max(0.0, until - time.monotonic()))
-        if not free:
-            let_go(self._using)
-        return free
+        return take_all(timeout, self._using, self._reading)
 
     def close_files(self) -> None:
         self.tried = False
         self._close_files()
 
     def resume(self) -> None:
-        let_go(self._reading)
-        let_go(self._using)
+        let_go(self._reading, self._using)
 
     def abandon(self) -> None:
         THIS.keep(self)
 
     def open(self) -> int:
         """Opens what is closed, and anew what is not the file at the path any more. 1 if the files are open."""
+        try:
+            return int(self._opened())
+        finally:
+            self.tried = True
+
+    def _opened(self) -> bool:
         if self._writer is not None and (self._reader is None or self._identity != identity(self._path)):
             self._close_files()
         if self._writer is None and self._clock() >= self._retry_at:
             self._retry_at = self._clock() + RETRY_AFTER
-            try:
-                if not self._open_or_replace():
-                    return 0
-            finally:
-                self.tried = True
+            if not self._open_or_replace():
+                return False
             self._retry_at = float("-inf")
         if self._writer is not None and self._sieve.refresh():
             self._mark_all(self._writer)
-        return int(self._writer is not None)
+        return self._writer is not None
 
     def _open_or_replace(self) -> bool:
         """A cache that cannot be opened is an empty cache; one that is damaged, a new one."""

@@ -43,8 +43,7 @@ class Purges:
 
     def _look(self) -> None:
         """At the file at the path, which may be another one than before."""
-        now = time.monotonic()
-        self._look_at = now + STALE
+        self._look_at = time.monotonic() + STALE
         if self._counter.refresh():
             self._files += 1
-            self._changed_at = now
+            self._changed_at = time.monotonic()

@@ -42,11 +42,22 @@ class Opener(Protocol):
         too, and closes nothing. Is paused no more, unless it asks for that again."""
 
 
-def let_go(lock: threading.RLock) -> None:
-    """Of a lock that this thread may have. It is one that knows whose it is: nobody else can tell whether an interrupt came before it was
-    taken or after."""
-    with suppress(RuntimeError):
-        lock.release()
+def take_all(timeout: float, *locks: threading.RLock) -> bool:
+    """All of them within `timeout` seconds, or none."""
+    until = time.monotonic() + timeout
+    for taken, lock in enumerate(locks):
+        if not lock.acquire(timeout=max(0.0, until - time.monotonic())):
+            let_go(*locks[:taken])
+            return False
+    return True
+
+
+def let_go(*locks: threading.RLock) -> None:
+    """Of locks that this thread may have. They know whose they are: nobody else can tell whether an interrupt came before one was taken or
+    after."""
+    for lock in locks:
+        with suppress(RuntimeError):
+            lock.release()
 
 
 class Pause(NamedTuple):

@@ -447,30 +447,54 @@ def test_a_witness_notes_nothing_that_does_not_last(tmp_path: Path) -> None:
     assert noted(path) == 7
 
 
-def test_what_a_sync_that_was_interrupted_left_is_synced_by_the_next_one(tmp_path: Path, syncs: Syncs) -> None:
-    path = tmp_path / "numbers.db"
+def numbers(path: Path) -> transactions.Transactions[int, int]:
+    """Turns at a file of numbers, with one committed and not synced yet."""
 
     def connect() -> sqlite3.Connection:
         connection = sqlite3.connect(path, isolation_level=None)
         connection.execute("PRAGMA journal_mode=WAL")
-        connection.execute("CREATE TABLE numbers (n)")
+        connection.execute("CREATE TABLE IF NOT EXISTS numbers (n)")
         return connection
 
     def apply(connection: sqlite3.Connection, numbers: Sequence[int]) -> Sequence[int]:
         return [connection.execute("INSERT INTO numbers VALUES (?)", (number,)).rowcount for number in numbers]
 
-    def interrupt() -> None:
-        raise KeyboardInterrupt
-
     log = WriteAheadLog(path)
     turns = transactions.StoreFile(connect=connect, apply=apply, name="numbers", quick=True, write_ahead_log=log).turns()
     assert turns.turn(lambda: [7]) == [1]
+    return turns
+
+
+def interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+def test_what_a_sync_that_was_interrupted_left_is_synced_by_the_next_one(tmp_path: Path, syncs: Syncs) -> None:
+    turns = numbers(tmp_path / "numbers.db")
     syncs.before = interrupt
     with pytest.raises(KeyboardInterrupt):
         turns.sync()
     syncs.before = lambda: None
     syncs.count = 0
     turns.sync()
+    turns.sync()
+    assert syncs.count == 1
+    turns.close()
+
+
+def test_who_waits_for_a_sync_while_closing_for_a_fork_is_interrupted_is_told_and_the_next_turn_opens_anew(
+    tmp_path: Path, syncs: Syncs
+) -> None:
+    turns = numbers(tmp_path / "numbers.db")
+    syncs.before = interrupt
+    with pytest.raises(KeyboardInterrupt):
+        turns.close_for_fork()
+    syncs.before = lambda: None
+    with pytest.raises(StorageUnavailable) as raised:
+        turns.sync()
+    assert len(turns.fail(raised.value, 1)) == 1
+    assert turns.turn(lambda: [8]) == [1]
+    syncs.count = 0
     turns.sync()
     assert syncs.count == 1
     turns.close()

@@ -12,7 +12,7 @@ from typing import ClassVar, Generic, NamedTuple
 
 from msgspec import Struct
 
-from ..process import THIS, let_go
+from ..process import THIS, let_go, take_all
 from ..wakeup import Wakeup, ring_all
 from .turns import Op, Result, Store
 
@@ -125,20 +125,13 @@ class Writer(Generic[Op, Result]):
         self._thread.join()
 
     def pause(self, timeout: float) -> bool:
-        until = time.monotonic() + timeout
-        if not self._turn.acquire(timeout=timeout):
-            return False
-        synced = self._sync.acquire(timeout=max(0.0, until - time.monotonic()))
-        if not synced:
-            let_go(self._turn)
-        return synced
+        return take_all(timeout, self._turn, self._sync)
 
     def close_files(self) -> None:
         self._turns.close_for_fork()
 
     def resume(self) -> None:
-        let_go(self._sync)
-        let_go(self._turn)
+        let_go(self._sync, self._turn)
 
     def abandon(self) -> None:
         THIS.keep(self)

@@ -6,6 +6,8 @@ import os
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
+from concurrent.futures import Future
 from math import inf
 from pathlib import Path
 
@@ -100,6 +102,22 @@ async def test_all_calls_wait_while_the_files_are_being_opened(
         await anyio.wait_all_tasks_blocked()
         slow.may_open.set()
     assert found == [b"value"] * 2
+
+
+async def test_files_that_a_fork_closes_just_after_they_were_opened_are_not_taken_for_open(
+    cache: DiskResponseCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ask = CacheFiles.ask
+
+    def and_fork(files: CacheFiles, work: Callable[[], int]) -> Future[int]:
+        done = ask(files, work)
+        done.result(10)
+        files.close_files()
+        return done
+
+    monkeypatch.setattr(CacheFiles, "ask", and_fork)
+    await cache.get(key("a"))
+    assert cache._at_hand() is None
 
 
 async def test_when_the_files_were_waited_for_in_vain_nobody_else_waits(cache: DiskResponseCache, monkeypatch: pytest.MonkeyPatch) -> None:

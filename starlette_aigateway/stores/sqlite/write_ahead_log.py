@@ -45,11 +45,13 @@ class WriteAheadLog:
         return self._doubtful or self._removed
 
     def sync(self) -> None:
-        """Raises `OSError`, and `StorageUnavailable` while an earlier failure is not made up for, and where the log is gone."""
+        """Raises `OSError`, and `StorageUnavailable` while an earlier failure is not made up for, and where the log is gone, or closed: by
+        a fork that was interrupted."""
         self._check_presence()
         if self._doubtful:
             raise StorageUnavailable("a sync to the disk has failed", retry_after=1.0)
-        assert self._descriptor is not None, "it is open"
+        if self._descriptor is None:
+            raise StorageUnavailable("the log was closed before it was synced", retry_after=1.0)
         try:
             _datasync(self._descriptor)
         except OSError:
